@@ -1,0 +1,1 @@
+"""Schedules and samplers over arrays and callables."""

@@ -1,0 +1,1 @@
+"""Attention entry point and its implementations."""

@@ -1,0 +1,1 @@
+"""Networks as Flax linen functions; the only room that imports flax.linen."""

@@ -1,0 +1,169 @@
+"""Layers that every network here is made of."""
+
+import einops
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clvr_jax.typing import Array, Float
+
+
+def fan_in_init(key, shape, dtype=jnp.float32):
+    """Normal with variance 1/fan-in; the first axis is the input, all others the output."""
+    return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
+
+
+class Linear(nn.Module):
+    """A product over the last axis, kernel (i, *features), plus the adapter of this path if any.
+
+    An adapter is a pair in the `lora` collection: a (i, r) and b (r, *features); its scale is
+    folded into b. Neither rank nor presence is an option of the model.
+    """
+
+    features: int | tuple[int, ...]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "..."]:
+        features = (self.features,) if isinstance(self.features, int) else self.features
+        kernel = self.param("kernel", fan_in_init, (x.shape[-1], *features))
+        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
+        if self.has_variable("lora", "a"):
+            a = self.get_variable("lora", "a").astype(x.dtype)
+            b = self.get_variable("lora", "b").astype(x.dtype)
+            y += jnp.tensordot(x @ a, b, axes=1)
+        if self.bias:
+            y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis in float32, rounded to x's dtype, then times the scale."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + self.eps)
+        return h.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class GroupNorm(nn.Module):
+    """Normalisation over space and channel groups, then scale and bias; float32, channels last."""
+
+    groups: int
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
+        h = einops.rearrange(x.astype(jnp.float32), "b ... (g c) -> b (...) g c", g=self.groups)
+        mean = jnp.mean(h, axis=(1, 3), keepdims=True)
+        var = jnp.mean((h - mean) ** 2, axis=(1, 3), keepdims=True)
+        h = ((h - mean) * jax.lax.rsqrt(var + self.eps)).reshape(x.shape)
+        return (h * scale + bias).astype(x.dtype)
+
+
+class Conv(nn.Module):
+    """A square convolution, channels last, kernel (kh, kw, i, o)."""
+
+    features: int
+    stride: int = 1
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((1, 1), (1, 1))
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b height width i"]) -> Float[Array, "b _ _ o"]:
+        shape = (3, 3, x.shape[-1], self.features)
+        init = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
+        kernel = self.param("kernel", init, shape).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(self.stride, self.stride),
+            padding=self.padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return y + bias
+
+
+def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """LayerNorm without scale and bias, in float32; the result stays float32."""
+    h = x.astype(jnp.float32)
+    h = h - jnp.mean(h, axis=-1, keepdims=True)
+    return h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + eps)
+
+
+def sinusoid(t: Float[Array, "b"], width: int, period: float = 10000.0) -> Float[Array, "b width"]:
+    """[cos | sin] of t times `width / 2` geometric frequencies from 1 down to 1/period, float32."""
+    half = width // 2
+    # the reference's own float32 arithmetic: at t = 1000 the last bit of a frequency shows, as
+    # 6e-6 of a toy model's output
+    exponent = np.float32(-np.log(period)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponent.astype(np.float64)).astype(np.float32)
+    if (width, period) == (256, 10000.0):
+        # near ties (0.52 ulp) that torch's exp rounds up
+        frequencies[[12, 106]] = np.nextafter(frequencies[[12, 106]], np.float32(1))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def stack(block, length: int, in_axes, *, scan: bool, remat: str = "none"):
+    """Return a function that runs `length` layers of `block` on (carry, per-layer, *shared).
+
+    Args:
+      block: a module class whose call takes (carry, x, *shared) and returns (carry, y).
+      length: number of layers.
+      in_axes: `nn.scan`'s in_axes for (x, *shared): 0 or nn.broadcast each.
+      scan: trace one layer over parameters stacked on a leading axis under `name`; or unroll, with
+        the parameters of layer i under `name_i` (serving: weights are read where they lie).
+      remat: what the backward pass keeps of a layer, a key of `REMAT`.
+
+    Raises:
+      ValueError: `remat` is unknown.
+    """
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; choose from {', '.join(REMAT)}")
+    if remat != "none":
+        block = nn.remat(block, prevent_cse=not scan, policy=REMAT[remat])
+    if scan:
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=in_axes,
+            length=length,
+        )
+
+        def run(name, *fields):
+            return layers(*fields, name=name)
+
+        return run
+
+    def unrolled(name, *fields):
+        blocks = [block(*fields, name=f"{name}_{i}") for i in range(length)]
+
+        def call(carry, x, *shared):
+            ys = []
+            for i, one in enumerate(blocks):
+                carry, y = one(carry, jax.tree.map(lambda leaf, i=i: leaf[i], x), *shared)
+                ys.append(y)
+            return carry, jax.tree.map(lambda *leaves: jnp.stack(leaves), *ys)
+
+        return call
+
+    return unrolled
+
+
+# what the backward pass keeps of a layer besides its input
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}

@@ -1,0 +1,1 @@
+"""Qwen3 decoder: klein's text encoder and the language half of Qwen3-VL."""

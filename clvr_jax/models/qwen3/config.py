@@ -1,0 +1,139 @@
+"""Sizes of Qwen3 decoders and their config.json in transformers' layout."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clvr_jax.models.config import Fields
+
+STACKED = ("layers",)  # roots whose leaves carry a leading layer axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3Config:
+    """Sizes of a decoder.
+
+    Attributes:
+      vocab: rows of the embedding, padding rows included.
+      width: width of the residual stream.
+      layers: decoder layers.
+      heads: query heads.
+      kv_heads: key and value heads; consecutive query heads share one.
+      head_width: channels of a head, independent of width / heads.
+      mlp_width: inner width of the gated MLP.
+      rope_theta: base of the rotary frequencies.
+      eps: epsilon of every RMSNorm.
+      tied: whether the output head is the embedding.
+      max_positions: longest context the checkpoint declares.
+    """
+
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    rope_theta: float
+    eps: float
+    tied: bool
+    max_positions: int = 40960
+
+
+VARIANTS = {
+    "qwen3_4b": Qwen3Config(151936, 2560, 36, 32, 8, 128, 9728, 1e6, 1e-6, tied=True),
+    "qwen3_8b": Qwen3Config(151936, 4096, 36, 32, 8, 128, 12288, 1e6, 1e-6, tied=False),
+    "tiny": Qwen3Config(512, 32, 36, 4, 2, 16, 48, 1e6, 1e-6, tied=True),
+}
+
+# of config.json, what only training, generation or torch reads
+_UNUSED = (
+    "architectures",
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "initializer_range",
+    "max_window_layers",
+    "torch_dtype",
+    "dtype",
+    "transformers_version",
+    "use_cache",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "problem_type",
+    "tie_encoder_decoder",
+    "cross_attention_hidden_size",
+    "bad_words_ids",
+)
+
+
+def from_json(values: Mapping[str, Any]) -> Qwen3Config:
+    """Read a text-only Qwen3 config.json (transformers 4 and 5 spellings).
+
+    Raises:
+      ValueError: a field is missing, unknown, or asks for what this decoder does not do.
+    """
+    fields = Fields("text_encoder/config.json", values)
+    fields.expect("model_type", "qwen3")
+    fields.expect("hidden_act", "silu")
+    fields.expect("attention_bias", False)
+    fields.expect("use_sliding_window", False)
+    fields.expect("sliding_window", None)
+    layers = fields.take("num_hidden_layers")
+    fields.expect("layer_types", None, ("full_attention",) * layers)
+    rope = fields.take("rope_parameters", None)  # transformers 5
+    scaling = fields.take("rope_scaling", None)  # transformers 4
+    theta = fields.take("rope_theta", None)
+    for table in (rope, scaling):
+        kind = (table or {}).get("rope_type", "default")
+        if kind != "default":
+            raise ValueError(f"text_encoder/config.json: rope_type {kind!r} is not supported")
+    theta = theta if theta is not None else (rope or {}).get("rope_theta")
+    if theta is None:
+        raise ValueError("text_encoder/config.json has no rope_theta")
+    cfg = Qwen3Config(
+        vocab=fields.take("vocab_size"),
+        width=fields.take("hidden_size"),
+        layers=layers,
+        heads=fields.take("num_attention_heads"),
+        kv_heads=fields.take("num_key_value_heads"),
+        head_width=fields.take("head_dim"),
+        mlp_width=fields.take("intermediate_size"),
+        rope_theta=float(theta),
+        eps=float(fields.take("rms_norm_eps")),
+        tied=fields.take("tie_word_embeddings"),
+        max_positions=fields.take("max_position_embeddings", 40960),
+    )
+    fields.done(ignore=_UNUSED)
+    return cfg
+
+
+def to_json(cfg: Qwen3Config) -> dict[str, Any]:
+    """Write a config.json that transformers reads; the inverse of `from_json`."""
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "vocab_size": cfg.vocab,
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_width,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_positions,
+        "rms_norm_eps": cfg.eps,
+        "rope_theta": cfg.rope_theta,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "tie_word_embeddings": cfg.tied,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }

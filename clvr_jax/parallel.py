@@ -1,0 +1,137 @@
+"""Device mesh, sharding rules and activation constraints; the only file that names mesh axes.
+
+A rule table maps parameter paths to specs. First match wins; a spec has the leaf's rank, or is
+`P()` for any rank; an unmatched path is an error; a dimension that its axes do not divide is
+replicated and reported.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from clvr_jax.tree import flatten, unflatten
+from clvr_jax.typing import Params
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, P], ...] = (
+    # FLUX.2 transformer: layer, d, part, heads or f
+    (r"blocks/.*qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"blocks/.*mlp_in/kernel$", P(None, "fsdp", None, "tensor")),
+    (r"blocks/.*(attn_out|mlp_out)/kernel$", P(None, "tensor", "fsdp")),
+    (r"(modulation\w*/lin|adaLN_modulation)/kernel$", P("fsdp", None, None)),
+    (r"(img_in|txt_in|time_in/\w+|final_layer/linear)/kernel$", P("fsdp", None)),
+    # Qwen3: layer, d, heads, k
+    (r"layers/self_attn/[qkv]_proj/kernel$", P(None, "fsdp", "tensor", None)),
+    (r"layers/mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
+    (r"layers/(self_attn/o_proj|mlp/down_proj)/kernel$", P(None, "tensor", "fsdp")),
+    (r"embed_tokens/embedding$", P(None, "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    # the VAE is small; adapters and norms are smaller
+    (r"^(encoder|decoder|quant_conv|post_quant_conv|bn)/", P()),
+    (r"/(a|b|scale|bias)$", P()),
+)
+
+# what the dimensions of activations are spread over
+_ACTIVATIONS = {
+    "batch": ("data", "fsdp"),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+}
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return a mesh over `AXES`; absent axes have size 1, one axis may be -1 (what is left).
+
+    Raises:
+      ValueError: an axis is unknown, or the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices()) if devices is None else list(devices)
+    unknown = set(sizes) - set(AXES)
+    if unknown:
+        raise ValueError(f"unknown mesh axes {sorted(unknown)}; the axes are {AXES}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if shape.count(-1) == 1:
+        rest = math.prod(size for size in shape if size != -1)
+        shape[shape.index(-1)] = max(len(devices) // rest, 1)
+    if math.prod(shape) != len(devices):
+        given = " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape))
+        raise ValueError(
+            f"mesh {given} needs {math.prod(shape)} devices, {len(devices)} are present; "
+            "change the sizes so that they multiply to the number of devices, or use -1 for one"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> tuple[P, list[str]]:
+    """Return `spec` without the axes that do not divide `shape`, and a line for each such case."""
+    fitted, notes = [], []
+    for size, names in zip(shape, spec):
+        names = (names,) if isinstance(names, str) else (names or ())
+        ways = math.prod(mesh.shape[name] for name in names)
+        if size % ways:
+            notes.append(f"dimension {size} is not divided by {'*'.join(names)}={ways}: replicated")
+            names = ()
+        fitted.append(tuple(names) if len(names) > 1 else (names[0] if names else None))
+    return P(*fitted), notes
+
+
+def specs(
+    abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
+) -> tuple[dict[str, P], dict[str, list[str]]]:
+    """Return the spec of every leaf by path, and the notes of those that fell back.
+
+    Raises:
+      ValueError: no rule matches a path, or a spec has another rank than its leaf.
+    """
+    chosen, notes = {}, {}
+    for path, leaf in flatten(abstract).items():
+        spec = next((spec for pattern, spec in rules if re.search(pattern, path)), None)
+        if spec is None:
+            raise ValueError(f"no sharding rule matches {path} {tuple(leaf.shape)}; add one")
+        if len(spec) not in (0, len(leaf.shape)):
+            raise ValueError(
+                f"the sharding rule of {path} has rank {len(spec)}, the array {tuple(leaf.shape)}"
+            )
+        chosen[path], lines = fit(spec, leaf.shape, mesh)
+        if lines:
+            notes[path] = lines
+    return chosen, notes
+
+
+def shardings(
+    abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
+) -> dict[str, NamedSharding]:
+    """Return the nested dict of shardings of a tree; prints what falls back to replicated.
+
+    Raises:
+      ValueError: see `specs`.
+    """
+    chosen, notes = specs(abstract, mesh, rules)
+    for path, lines in notes.items():
+        logging.warning("%s: %s", path, "; ".join(lines))
+    return unflatten({path: NamedSharding(mesh, spec) for path, spec in chosen.items()})
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain an activation's dimensions, named batch, heads, mlp or None.
+
+    Outside a mesh (`jax.set_mesh`) this returns `x`. Axes that do not divide a dimension are left
+    out, so a batch of one runs on any mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    spec = []
+    for size, name in zip(x.shape, names, strict=True):
+        axes: tuple[str, ...] = ()
+        for axis in _ACTIVATIONS.get(name, ()):
+            if axis in mesh.shape and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+                axes += (axis,)
+        spec.append(axes or None)
+    return jax.lax.with_sharding_constraint(x, P(*spec))
