@@ -5,6 +5,7 @@ Reference: BFL `sampling.py` (`get_schedule`, `compute_empirical_mu`).
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,13 +54,12 @@ def model_times(levels: Float[Array, "..."], rounding: str = "none") -> Float[Ar
       ValueError: the rounding is unknown.
     """
     levels = jnp.asarray(levels, jnp.float32)
-    half = lambda x: jnp.asarray(x, jnp.bfloat16)
+    # not a cast to bfloat16 and back: the compiler may leave that out
+    half = lambda x: jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
     if rounding == "none":
         return levels
     if rounding == "bfl":
-        return (half(levels) * half(1000.0)).astype(jnp.float32) / 1000.0
+        return half(half(levels) * 1000.0) / 1000.0
     if rounding == "diffusers":
-        return (half(half(levels * 1000.0) / half(1000.0)) * half(1000.0)).astype(
-            jnp.float32
-        ) / 1000
+        return half(half(half(levels * 1000.0) / 1000.0) * 1000.0) / 1000.0
     raise ValueError(f"rounding {rounding!r} is unknown; choose from {', '.join(ROUNDINGS)}")

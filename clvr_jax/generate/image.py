@@ -78,7 +78,7 @@ def generate(
     references: Sequence[np.ndarray] = (),
     seeds: Sequence[int] = (0,),
     settings: Settings | None = None,
-    noise: Float[Array, "b rows cols c"] | None = None,
+    noise: Float[Array | np.ndarray, "b rows cols c"] | None = None,
 ) -> UInt8[np.ndarray, "prompts seeds height width 3"]:
     """Return one picture for every prompt and seed.
 
@@ -127,7 +127,7 @@ def generate(
         settings.rounding,
         params["transformer"],
         model.adapters,
-        noise,
+        jnp.asarray(noise),
         text,
         tokens,
         cache,
@@ -219,7 +219,7 @@ def denoise(
     adapters: Params,
     noise: Float[Array, "b rows cols c"],
     text: Float[Array, "b s features"],
-    references: Latents,
+    references: Float[Array, "one m c"],
     cache: Cache | None,
     empty: Float[Array, "one s features"] | None,
     guidance: Float[Array, ""],

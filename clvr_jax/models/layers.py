@@ -1,12 +1,16 @@
 """Layers that every network here is made of."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clvr_jax.typing import Array, Float
+from clvr_jax.tree import flatten, unflatten
+from clvr_jax.typing import Array, Float, Params
 
 
 def fan_in_init(key, shape, dtype=jnp.float32):
@@ -167,3 +171,22 @@ REMAT = {
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def unstack(params: Params, roots: Sequence[str]) -> Params:
+    """Return a tree in which the layers under each root lie apart, for `stack(..., scan=False)`.
+
+    The subtree of `blocks` with leaves (layer, ...) becomes `blocks_0`, `blocks_1`, ...; each leaf
+    is freed as soon as it is cut, so that no second copy of the whole tree ever exists.
+    """
+    split = jax.jit(lambda leaf: list(leaf))
+    apart: dict[str, Any] = {}
+    for path, leaf in flatten(params).items():
+        root, _, rest = path.partition("/")
+        if root not in roots:
+            apart[path] = leaf
+            continue
+        for i, layer in enumerate(split(leaf)):
+            apart[f"{root}_{i}/{rest}"] = layer
+        leaf.delete()
+    return unflatten(apart)

@@ -15,6 +15,7 @@ from clvr_jax.models.layers import Conv, GroupNorm, Linear
 from clvr_jax.typing import Array, Float, Images, Params
 
 Picture = Float[Array, "b height width c"]
+Resampled = Float[Array, "b _ _ _"]  # another size or width
 
 
 class Vae(nn.Module):
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
     cfg: VaeConfig
 
     @nn.compact
-    def __call__(self, x: Picture) -> Picture:
+    def __call__(self, x: Picture) -> Resampled:
         c = self.cfg
         x = Conv(c.widths[0], name="conv_in")(x)
         for i, width in enumerate(c.widths):
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
     cfg: VaeConfig
 
     @nn.compact
-    def __call__(self, x: Picture) -> Picture:
+    def __call__(self, x: Picture) -> Resampled:
         c = self.cfg
         widths = (c.decoder_widths or c.widths)[::-1]
         x = Conv(widths[0], name="conv_in")(x)
@@ -129,7 +130,7 @@ class Level(nn.Module):
     resample: str | None
 
     @nn.compact
-    def __call__(self, x: Picture) -> Picture:
+    def __call__(self, x: Picture) -> Resampled:
         for j in range(self.blocks):
             x = ResBlock(self.cfg, self.width, name=f"resnet_{j}")(x)
         if self.resample == "down":  # zeros on the right and at the bottom only
@@ -147,7 +148,7 @@ class ResBlock(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Picture) -> Picture:
+    def __call__(self, x: Picture) -> Resampled:
         h = nn.silu(GroupNorm(self.cfg.groups, name="norm1")(x))
         h = Conv(self.width, name="conv1")(h)
         h = nn.silu(GroupNorm(self.cfg.groups, name="norm2")(h))

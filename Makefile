@@ -1,0 +1,49 @@
+# Every target makes the environment it needs; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a red cup beside two blue books on a wooden table
+OUT ?= outputs/demo
+RUN = $(VENV)/bin/python
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint format clean
+
+# builds a random toy checkpoint in diffusers' layout, converts it, samples from it
+demo: $(VENV)/.run
+	rm -rf $(OUT)
+	$(RUN) -m launch.toy $(OUT)/toy-diffusers
+	$(RUN) -m conversion $(OUT)/toy-diffusers $(OUT)/toy
+	$(RUN) -m launch.generate --mode=single --weights=$(OUT)/toy --prompt="$(PROMPT)" \
+	  --seeds=0,1,2,3 --config.height=256 --config.width=256 --out=$(OUT)/pictures
+	@echo "The weights are random, so the pictures are noise by nature: $(OUT)/pictures/grid.png"
+
+# lint, import order, unit tests on 8 simulated devices with shape checks, parity with PyTorch
+test: $(VENV)/.dev lint
+	$(RUN) -m pytest -n $(WORKERS) --jaxtyping-packages=clvr_jax,beartype.beartype -m "not slow"
+
+# full-size and long checks: about 25 GB of free disk
+test-slow: $(VENV)/.dev
+	$(RUN) -m pytest -m slow -s
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# constraints hold tested versions; torch without a GPU is the CPU build where pip finds one
+$(VENV)/.run: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+	$(RUN) -m pip install -q -c .ci/constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(RUN) -m pip install -q -c .ci/constraints.txt -e ".[dev,parity]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) outputs .cache build dist

@@ -1,0 +1,1 @@
+"""ml_collections configs; they import nothing of this project."""

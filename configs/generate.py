@@ -1,0 +1,35 @@
+"""Sampling of pictures.
+
+python -m launch.generate --weights=FOLDER --prompt="a cup" --config=configs/generate.py:auto
+
+Variants: `auto` takes steps, guidance and attention pattern from what the weights say they are;
+`distilled` (4 steps), `base` (28 steps, guidance 4, the paper's setting), `base_50` (the released
+recipe of base weights), `kv` (klein-9b-kv).
+"""
+
+import ml_collections as mlc
+
+_SAMPLING = {
+    "auto": dict(steps=-1, guidance=-1.0, pattern="auto"),
+    "distilled": dict(steps=4, guidance=1.0, pattern="full"),
+    "base": dict(steps=28, guidance=4.0, pattern="full"),
+    "base_50": dict(steps=50, guidance=4.0, pattern="full"),
+    "kv": dict(steps=4, guidance=1.0, pattern="kv"),
+}
+
+
+def get_config(variant: str = "auto") -> mlc.ConfigDict:
+    """Return the config of a variant; -1 and "auto" are read off the weights."""
+    if variant not in _SAMPLING:
+        raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_SAMPLING)}")
+    c = mlc.ConfigDict(_SAMPLING[variant])
+    c.height = 1024  # pixels, multiples of 16
+    c.width = 1024
+    c.text_tokens = 512  # 512, 1024 or 2048; stock klein was trained with 512
+    c.rounding = "none"  # of the noise level: none, bfl, diffusers
+    c.dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs
+    c.batch = 4  # pictures made at once
+    c.layers = "scan"  # scan: fast to compile; unrolled: reads weights where they lie
+    c.attention = "auto"  # auto, reference, blocked, cudnn
+    c.mesh = mlc.ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: the devices that are left
+    return c

@@ -1,0 +1,241 @@
+"""The composition root: weights, networks and meshes brought together."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from clvr_jax import parallel
+from clvr_jax.generate.image import ImageModel, Networks
+from clvr_jax.models.flux2 import config as flux2
+from clvr_jax.models.flux2 import transformer as flux2_transformer
+from clvr_jax.models.flux2 import vae as flux2_vae
+from clvr_jax.models.flux2.layout import Layout
+from clvr_jax.models.layers import unstack
+from clvr_jax.models.qwen3 import config as qwen3
+from clvr_jax.models.qwen3 import decoder as qwen3_decoder
+from clvr_jax.tree import count, flatten
+from clvr_jax.typing import Params
+from conversion import detect
+from conversion.load import load
+from conversion.sources import fingerprint
+
+COMPONENTS = ("transformer", "vae", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A klein folder that was looked at but not read.
+
+    Attributes:
+      found: components and shared files.
+      distilled: whether the weights say that they are step-distilled.
+      pattern: attention pattern they were trained with.
+    """
+
+    found: detect.Found
+    distilled: bool
+    pattern: str
+
+
+def inspect_weights(source: str, transformer: str | None = None) -> Weights:
+    """Look at a pipeline folder, without reading tensors.
+
+    Args:
+      source: a diffusers folder, a converted folder, or a hub repository id.
+      transformer: another checkpoint that the transformer comes from (a BFL single file, say).
+
+    Raises:
+      FileNotFoundError, ValueError: something is missing or is no klein checkpoint.
+    """
+    found = detect.find(source)
+    if transformer:
+        other = detect.find(transformer, ["transformer"], base=found)
+        found = dataclasses.replace(found, components={**found.components, **other.components})
+    missing = [name for name in COMPONENTS if name not in found.components]
+    if missing or "tokenizer" not in found.shared:
+        missing += [] if "tokenizer" in found.shared else ["tokenizer"]
+        raise FileNotFoundError(
+            f"{source} ({found.kind}) has no {', '.join(missing)}; sampling needs a whole pipeline "
+            "folder. For a single transformer file give the pipeline folder as --weights and the "
+            "file as --transformer"
+        )
+    _check_widths(found)
+    index = {}
+    if detect.INDEX in found.shared:
+        index = json.loads(found.shared[detect.INDEX].read_text())
+    kv = index.get("_class_name") == "Flux2KleinKVPipeline"
+    distilled = bool(index.get("is_distilled", False)) or kv
+    return Weights(found, distilled, "kv" if kv else "full")
+
+
+def _check_widths(found: detect.Found) -> None:
+    dit, vae, text = (found.components[name].config for name in COMPONENTS)
+    features = len(qwen3_decoder.KLEIN_LAYERS) * text.width
+    if dit.text_width != features:
+        raise ValueError(
+            f"the transformer reads text features {dit.text_width} wide, the text encoder gives "
+            f"{features}; klein 4B goes with Qwen3-4B (7680) and 9B with Qwen3-8B (12288)"
+        )
+    if dit.channels != 4 * vae.latent_channels:
+        raise ValueError(
+            f"the transformer has {dit.channels} channels, the VAE {vae.latent_channels} x 4"
+        )
+    if text.layers < qwen3_decoder.KLEIN_LAYERS[-1]:
+        raise ValueError(
+            f"the text encoder has {text.layers} layers, klein reads after "
+            f"{qwen3_decoder.KLEIN_LAYERS}"
+        )
+
+
+def networks(weights: Weights, attention: str = "auto", layers: str = "scan") -> Networks:
+    """Return the networks of a folder; the text encoder stops after the last layer klein reads.
+
+    Raises:
+      ValueError: `layers` is neither scan nor unrolled.
+    """
+    if layers not in ("scan", "unrolled"):
+        raise ValueError(f"layers is {layers!r}; choose scan or unrolled")
+    configs = {name: c.config for name, c in weights.found.components.items()}
+    implementation = None if attention == "auto" else attention
+    text = dataclasses.replace(configs["text_encoder"], layers=qwen3_decoder.KLEIN_LAYERS[-1])
+    fields = {"implementation": implementation, "scan": layers == "scan"}
+    return Networks(
+        flux2_transformer.Transformer(configs["transformer"], **fields),
+        qwen3_decoder.Decoder(text, **fields),
+        flux2_vae.Vae(configs["vae"]),
+    )
+
+
+def abstract(nets: Networks, dtype: Any) -> dict[str, Params]:
+    """Return the parameters that sampling needs, as shapes."""
+    return {
+        "transformer": flux2_transformer.abstract_params(nets.transformer.cfg, dtype),
+        "vae": flux2_vae.abstract_params(nets.vae.cfg, dtype),
+        "text_encoder": qwen3_decoder.abstract_params(nets.text_encoder.cfg, dtype, head=False),
+    }
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+    """Return the mesh of a config, or None on a single device."""
+    if len(jax.devices()) == 1:
+        return None
+    return parallel.make_mesh(dict(sizes))
+
+
+def load_image_model(
+    weights: Weights,
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    attention: str = "auto",
+    layers: str = "scan",
+    loras: Sequence[tuple[str, float]] = (),
+) -> ImageModel:
+    """Read a folder's weights onto the devices and return what samples.
+
+    Args:
+      weights: from `inspect_weights`.
+      dtype: bfloat16, float32, or auto (bfloat16 on accelerators, float32 on CPUs).
+      mesh: where parameters are spread; None for one device.
+      attention: attention implementation, or auto.
+      layers: scan or unrolled.
+      loras: LoRA files with scales, merged into the transformer in this order.
+
+    Raises:
+      ValueError: an option is unknown, or a file does not fit.
+    """
+    nets = networks(weights, attention, layers)
+    dtype = resolve_dtype(dtype)
+    params = {}
+    for name, tree in abstract(nets, dtype).items():
+        component = weights.found.components[name]
+        places = parallel.shardings(tree, mesh) if mesh is not None else None
+        params[name] = load(component.open(), tree, component.stacked, places)
+    if loras:
+        params["transformer"] = _with_loras(params["transformer"], loras)
+    if layers == "unrolled":
+        params["transformer"] = unstack(params["transformer"], flux2.STACKED)
+        params["text_encoder"] = unstack(params["text_encoder"], qwen3.STACKED)
+    return ImageModel(nets, params, load_tokenizer(weights.found.shared["tokenizer"]))
+
+
+def resolve_dtype(name: str) -> Any:
+    """Return the dtype of a config's name; "auto" by the device.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    known = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in known:
+        raise ValueError(f"dtype is {name!r}; choose auto, bfloat16 or float32")
+    return known[name]
+
+
+def _with_loras(params: Params, loras: Sequence[tuple[str, float]]) -> Params:
+    from clvr_jax import lora
+    from conversion.lora import read
+
+    for path, scale in loras:
+        adapters = read(Path(path), params)
+        params = lora.merge(params, lora.scaled(adapters, scale))
+    return params
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the Hugging Face tokenizer of a folder.
+
+    Raises:
+      ValueError: the folder holds no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no tokenizer that transformers reads: {error}") from error
+
+
+def weight_fingerprint(weights: Weights) -> str:
+    """Return the fingerprint of the transformer: the same for one set of weights in any layout."""
+    component = weights.found.components["transformer"]
+    recorded = weights.found.manifest.get("components", {}).get("transformer", {})
+    if "fingerprint" in recorded:
+        return recorded["fingerprint"]
+    return fingerprint(component.open(), component.abstract(), component.stacked)
+
+
+def use_mesh(mesh: Mesh | None) -> Any:
+    """Return a context in which activations are spread over a mesh; does nothing for None."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def describe(nets: Networks, layout: Layout, dtype: Any, mesh: Mesh | None) -> None:
+    """Print parameters, bytes per device and, on a mesh, the sharding of every leaf."""
+    total = 0
+    for name, tree in abstract(nets, dtype).items():
+        ways: dict[str, int] = {}
+        if mesh is not None:
+            chosen, notes = parallel.specs(tree, mesh)
+            for path, spec in chosen.items():
+                local = NamedSharding(mesh, spec).shard_shape(flatten(tree)[path].shape)
+                ways[path] = math.prod(flatten(tree)[path].shape) // math.prod(local)
+                print(f"  {name}/{path} {flatten(tree)[path].shape} {spec}", *notes.get(path, []))
+        flat = flatten(tree)
+        size = sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize // ways.get(path, 1)
+            for path, leaf in flat.items()
+        )
+        total += size
+        print(f"{name}: {count(tree):,} parameters, {size / 2**30:.2f} GiB per device")
+    print(f"weights: {total / 2**30:.2f} GiB per device")
+    print(f"sequence: {layout.text} text + {layout.image_tokens} image tokens, {layout.pattern}")

@@ -1,0 +1,185 @@
+"""Make pictures from prompts and reference images.
+
+Every run writes PNG files with prompt, seed, settings and weight fingerprint in their text, a
+grid where there are several, and settings.json.
+
+  python -m launch.generate --weights=FOLDER --prompt="a red cup on a table" --seeds=0,1
+  python -m launch.generate --weights=FOLDER --prompt="make the cup blue" --image=cup.png
+  python -m launch.generate --weights=FOLDER --prompt="..." --config=configs/generate.py:base
+"""
+
+import datetime
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from launch.runtime import readable_errors, use_compile_cache
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(Path(__file__).parents[1] / "configs" / "generate.py"), "sampling settings"
+)
+_MODE = flags.DEFINE_enum("mode", "single", ["single"], "single: one picture per prompt and seed")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", None, "diffusers folder, converted folder, or hub repository id", required=True
+)
+_TRANSFORMER = flags.DEFINE_string(
+    "transformer", None, "another checkpoint for the transformer, e.g. a BFL single file"
+)
+_LORA = flags.DEFINE_multi_string("lora", [], "LoRA file, or FILE:SCALE; may be repeated")
+_PROMPT = flags.DEFINE_multi_string("prompt", [], "a prompt; may be repeated")
+_PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "text file with one prompt per line")
+_IMAGE = flags.DEFINE_multi_string("image", [], "reference image; may be repeated, order counts")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "one picture per seed and prompt: 0,1,2")
+_OUT = flags.DEFINE_string("out", None, "folder for the pictures (default: outputs/DATE-TIME)")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "print sizes, memory and sharding, then stop")
+
+
+def main(argv) -> None:
+    """Check everything that can be checked, then load, compile and draw."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; prompts are given with --prompt")
+    with readable_errors():
+        _run()
+
+
+def _run() -> None:
+    start = time.perf_counter()
+    prompts, seeds = _prompts(), _seeds()
+    out = Path(_OUT.value or f"outputs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists and is not empty; choose another --out")
+    for image in _IMAGE.value:
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"reference image {image} does not exist")
+    cache = use_compile_cache()
+    from clvr_jax.generate import image as generation
+    from launch import build, pictures
+
+    weights = build.inspect_weights(_WEIGHTS.value, _TRANSFORMER.value)
+    config = _CONFIG.value
+    settings = _settings(config, weights, bool(_IMAGE.value))
+    nets = build.networks(weights, config.attention, config.layers)
+    references = pictures.read_references(_IMAGE.value, nets.vae.cfg.factor)
+    layout = generation.layout_of(nets, settings, [image.shape[:2] for image in references])
+    mesh = build.make_mesh(config.mesh)
+    if _DRY_RUN.value:
+        build.describe(nets, layout, build.resolve_dtype(config.dtype), mesh)
+        return
+
+    import jax
+
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    say(
+        f"{weights.found.kind} {weights.found.path}, {len(jax.devices())} x {jax.default_backend()}"
+    )
+    model = build.load_image_model(
+        weights,
+        dtype=config.dtype,
+        mesh=mesh,
+        attention=config.attention,
+        layers=config.layers,
+        loras=_loras(),
+    )
+    if seeds and settings.guidance != 1.0 and weights.distilled:
+        say("note: these weights are distilled; guidance costs twice and is off-distribution")
+    say(f"loaded in {time.perf_counter() - start:.1f} s (compile cache: {cache})")
+    metadata = {
+        "settings": generation.dataclasses.asdict(settings),
+        "weights": build.weight_fingerprint(weights),
+        "loras": _LORA.value,
+        "references": _IMAGE.value,
+    }
+    files, sheet = [], []
+    with build.use_mesh(mesh):
+        for batch in pictures.batches(prompts, seeds, config.batch):
+            began = time.perf_counter()
+            images = generation.generate(model, batch.prompts, references, batch.seeds, settings)
+            spent = time.perf_counter() - began
+            for image, prompt, seed in pictures.flat(images, batch):
+                file = out / f"{len(files):04d}-{_slug(prompt)}-{seed}.png"
+                pictures.write_png(file, image, {"prompt": prompt, "seed": seed, **metadata})
+                files.append(file)
+                sheet.append(image)
+            total = len(prompts) * len(seeds)
+            left = spent / (len(batch.prompts) * len(batch.seeds)) * (total - len(files))
+            say(f"{len(files)}/{total} pictures, {spent:.1f} s this batch, about {left:.0f} s left")
+    if len(files) > 1:
+        pictures.write_grid(out / "grid.png", sheet, columns=len(seeds) if len(seeds) > 1 else None)
+        files.append(out / "grid.png")
+    run = {"prompts": prompts, "seeds": seeds, **metadata, "files": [file.name for file in files]}
+    pictures.write_text(out / "settings.json", json.dumps(run, indent=2) + "\n")
+    print(files[-1])
+
+
+def _settings(config, weights, edits: bool):
+    from clvr_jax.diffusion.schedule import ROUNDINGS
+    from clvr_jax.generate.image import Settings
+    from clvr_jax.generate.prompt import TEXT_BUCKETS
+
+    auto = {"steps": 4, "guidance": 1.0} if weights.distilled else {"steps": 28, "guidance": 4.0}
+    settings = Settings(
+        height=config.height,
+        width=config.width,
+        steps=auto["steps"] if config.steps == -1 else config.steps,
+        guidance=auto["guidance"] if config.guidance == -1.0 else config.guidance,
+        text_tokens=config.text_tokens,
+        pattern=weights.pattern if config.pattern == "auto" else config.pattern,
+        rounding=config.rounding,
+    )
+    if settings.text_tokens not in TEXT_BUCKETS:
+        raise ValueError(f"text_tokens is {settings.text_tokens}; choose from {TEXT_BUCKETS}")
+    if settings.rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {settings.rounding!r}; choose from {ROUNDINGS}")
+    if settings.steps < 1 or settings.guidance < 1.0 or config.batch < 1:
+        raise ValueError(
+            f"steps {settings.steps}, guidance {settings.guidance} and batch {config.batch} must "
+            "each be at least 1 (guidance 1 means none)"
+        )
+    if edits and settings.pattern != weights.pattern:
+        print(
+            f"note: these weights were trained with the {weights.pattern!r} attention pattern, not "
+            f"with {settings.pattern!r}; edits will be off-distribution",
+            file=sys.stderr,
+        )
+    return settings
+
+
+def _prompts() -> list[str]:
+    prompts = list(_PROMPT.value)
+    if _PROMPTS_FILE.value:
+        lines = Path(_PROMPTS_FILE.value).read_text().splitlines()
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt was given; use --prompt=TEXT or --prompts_file=FILE")
+    return prompts
+
+
+def _seeds() -> list[int]:
+    try:
+        seeds = [int(seed) for seed in _SEEDS.value]
+    except ValueError as error:
+        raise ValueError(f"--seeds={','.join(_SEEDS.value)}: whole numbers are needed") from error
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
+        raise ValueError(f"--seeds={','.join(_SEEDS.value)}: give numbers from 0 to 4294967295")
+    return seeds
+
+
+def _loras() -> list[tuple[str, float]]:
+    loras = []
+    for text in _LORA.value:
+        match = re.fullmatch(r"(.+?)(?::(-?\d+(?:\.\d+)?))?", text)
+        loras.append((match[1], float(match[2] or 1.0)))
+    return loras
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
+
+
+if __name__ == "__main__":
+    app.run(main)
