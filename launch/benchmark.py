@@ -36,6 +36,9 @@ def _image_options(parser: argparse.ArgumentParser) -> None:
         choices=("none", "default", "max-autotune-no-cudagraphs"),
         help="torch.compile mode of a second peer; none: eager only",
     )
+    add("--peer_budget", type=float, default=180, help="seconds that torch.compile may take")
+    add("--startup", action="store_true", help="also time fresh processes to their first picture")
+    add("--check_hlo", action="store_true", help="report weights that the layer loop copies")
     add("--threads", type=int, help="CPU cores for both sides (default: all that are allowed)")
     add("--repeat", type=int, default=10, help="timed calls of every part")
     add("--out", metavar="FILE.json", help="result file")
@@ -55,7 +58,7 @@ def _image(options: argparse.Namespace) -> int:
     if options.peer:  # two frameworks share the memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from clvr_jax.generate.image import Settings
-    from launch.bench import image, machine, table
+    from launch.bench import image, machine, startup, table
 
     height, width = options.size or ((256,) * 2 if options.model in ("mid", "toy") else (1024,) * 2)
     case = image.Case(
@@ -75,9 +78,12 @@ def _image(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         scan=options.layers == "scan",
     )
+    # before this process takes the device: a fresh one needs it
+    started = {"startup": startup.measure(case)} if options.startup else {}
     environment = machine.environment("launch.benchmark")
     peer = options.peer_compile if options.peer else None
-    report = {"environment": environment, **image.run(case, options.repeat, peer)}
+    measured = image.run(case, options.repeat, peer, options.peer_budget, options.check_hlo)
+    report = {"environment": environment, **measured, **started}
     table.show(report)
     if options.out:
         from pathlib import Path

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from clvr_jax import parallel
 from clvr_jax.generate.image import ImageModel, Networks
+from clvr_jax.kernels.attention import IMPLEMENTATIONS
 from clvr_jax.models.flux2 import config as flux2
 from clvr_jax.models.flux2 import transformer as flux2_transformer
 from clvr_jax.models.flux2 import vae as flux2_vae
@@ -99,8 +101,10 @@ def networks(weights: Weights, attention: str = "auto", layers: str = "scan") ->
     """Return the networks of a folder; the text encoder stops after the last layer klein reads.
 
     Raises:
-      ValueError: `layers` is neither scan nor unrolled.
+      ValueError: `layers` or `attention` is unknown.
     """
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attention is {attention!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
     if layers not in ("scan", "unrolled"):
         raise ValueError(f"layers is {layers!r}; choose scan or unrolled")
     configs = {name: c.config for name, c in weights.found.components.items()}
@@ -133,7 +137,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
 def load_image_model(
     weights: Weights,
     *,
-    dtype: str = "auto",
+    dtype: Any,
     mesh: Mesh | None = None,
     attention: str = "auto",
     layers: str = "scan",
@@ -143,7 +147,7 @@ def load_image_model(
 
     Args:
       weights: from `inspect_weights`.
-      dtype: bfloat16, float32, or auto (bfloat16 on accelerators, float32 on CPUs).
+      dtype: of every parameter (`resolve_dtype`).
       mesh: where parameters are spread; None for one device.
       attention: attention implementation, or auto.
       layers: scan or unrolled.
@@ -153,18 +157,19 @@ def load_image_model(
       ValueError: an option is unknown, or a file does not fit.
     """
     nets = networks(weights, attention, layers)
-    dtype = resolve_dtype(dtype)
     params = {}
-    for name, tree in abstract(nets, dtype).items():
-        component = weights.found.components[name]
-        places = parallel.shardings(tree, mesh) if mesh is not None else None
-        params[name] = load(component.open(), tree, component.stacked, places)
+    with ThreadPoolExecutor(1) as beside:  # importing transformers takes as long as a small model
+        tokenizer = beside.submit(load_tokenizer, weights.found.shared["tokenizer"])
+        for name, tree in abstract(nets, dtype).items():
+            component = weights.found.components[name]
+            places = parallel.shardings(tree, mesh) if mesh is not None else None
+            params[name] = load(component.open(), tree, component.stacked, places)
     if loras:
         params["transformer"] = _with_loras(params["transformer"], loras)
     if layers == "unrolled":
         params["transformer"] = unstack(params["transformer"], flux2.STACKED)
         params["text_encoder"] = unstack(params["text_encoder"], qwen3.STACKED)
-    return ImageModel(nets, params, load_tokenizer(weights.found.shared["tokenizer"]))
+    return ImageModel(nets, params, tokenizer.result())
 
 
 def resolve_dtype(name: str) -> Any:

@@ -16,13 +16,10 @@ import time
 from pathlib import Path
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from launch.runtime import readable_errors, use_compile_cache
+from launch.runtime import config_flag, run, use_compile_cache
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).parents[1] / "configs" / "generate.py"), "sampling settings"
-)
+_CONFIG = config_flag("generate.py")
 _MODE = flags.DEFINE_enum("mode", "single", ["single"], "single: one picture per prompt and seed")
 _WEIGHTS = flags.DEFINE_string(
     "weights", None, "diffusers folder, converted folder, or hub repository id", required=True
@@ -43,11 +40,6 @@ def main(argv) -> None:
     """Check everything that can be checked, then load, compile and draw."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; prompts are given with --prompt")
-    with readable_errors():
-        _run()
-
-
-def _run() -> None:
     start = time.perf_counter()
     prompts, seeds = _prompts(), _seeds()
     out = Path(_OUT.value or f"outputs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
@@ -63,12 +55,13 @@ def _run() -> None:
     weights = build.inspect_weights(_WEIGHTS.value, _TRANSFORMER.value)
     config = _CONFIG.value
     settings = _settings(config, weights, bool(_IMAGE.value))
+    dtype = build.resolve_dtype(config.dtype)
     nets = build.networks(weights, config.attention, config.layers)
     references = pictures.read_references(_IMAGE.value, nets.vae.cfg.factor)
     layout = generation.layout_of(nets, settings, [image.shape[:2] for image in references])
     mesh = build.make_mesh(config.mesh)
     if _DRY_RUN.value:
-        build.describe(nets, layout, build.resolve_dtype(config.dtype), mesh)
+        build.describe(nets, layout, dtype, mesh)
         return
 
     import jax
@@ -79,7 +72,7 @@ def _run() -> None:
     )
     model = build.load_image_model(
         weights,
-        dtype=config.dtype,
+        dtype=dtype,
         mesh=mesh,
         attention=config.attention,
         layers=config.layers,
@@ -182,4 +175,4 @@ def _slug(prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)

@@ -4,8 +4,9 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def use_compile_cache() -> Path:
@@ -23,6 +24,30 @@ def use_compile_cache() -> Path:
     return path
 
 
+def config_flag(file: str) -> Any:
+    """Define --config with a file in configs/ as its default.
+
+    An unknown key, type or variant is one line that names the nearest key, not a trace.
+    """
+    from ml_collections import config_flags
+
+    default = Path(__file__).parents[1] / "configs" / file
+    try:
+        return config_flags.DEFINE_config_file("config", str(default), "FILE.py[:variant]")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        text = str(error).replace("\\n", "\n").replace("\\'", "'").strip("\"'")
+        print("error: --config:", " ".join(text.split()), file=sys.stderr)
+        sys.exit(1)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Parse the flags and call `main`."""
+    from absl import app
+
+    with readable_errors():
+        app.run(main)
+
+
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
     """Print what a user can act on as one message and exit with 1; let bugs show their trace."""
@@ -30,7 +55,7 @@ def readable_errors() -> Iterator[None]:
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("CLVR_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)

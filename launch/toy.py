@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
-from launch.runtime import readable_errors
+from launch.runtime import run
 
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights")
 
@@ -53,9 +53,8 @@ def main(argv) -> None:
     """Write the folder that the command line names."""
     if len(argv) != 2:
         raise app.UsageError("give one folder to write: python -m launch.toy OUT")
-    with readable_errors():
-        write(Path(argv[1]), _SEED.value)
-        print(argv[1])
+    write(Path(argv[1]), _SEED.value)
+    print(argv[1])
 
 
 def write(out: Path, seed: int = 0) -> None:
@@ -152,4 +151,4 @@ def byte_tokenizer():
 
 
 if __name__ == "__main__":
-    app.run(main)
+    run(main)
