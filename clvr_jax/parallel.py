@@ -104,9 +104,7 @@ def specs(
     return chosen, notes
 
 
-def shardings(
-    abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
-) -> dict[str, NamedSharding]:
+def shardings(abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES) -> Params:
     """Return the nested dict of shardings of a tree; prints what falls back to replicated.
 
     Raises:

@@ -29,11 +29,22 @@ def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     padded = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
     padded = einops.rearrange(padded, "b (n l) h k -> n b l h k", n=blocks)
 
+    # the blocks' gradients of keys and values add up in float32, whatever the operands' type
+    wide = jnp.promote_types(k.dtype, jnp.float32)
+    k_sum, v_sum = k.astype(wide), v.astype(wide)
+
     @jax.checkpoint
     def one(args):
         index, part = args
+        keys, values = k_sum.astype(k.dtype), v_sum.astype(v.dtype)
         return reference.attention(
-            part, k, v, causal=causal, lengths=lengths, residual=residual, offset=index * block
+            part,
+            keys,
+            values,
+            causal=causal,
+            lengths=lengths,
+            residual=residual,
+            offset=index * block,
         )
 
     out, lse = jax.lax.map(one, (jnp.arange(blocks), padded))
