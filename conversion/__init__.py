@@ -1,0 +1,1 @@
+"""PyTorch checkpoints to and from clvr_jax: rule tables that run both ways."""

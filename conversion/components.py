@@ -1,0 +1,166 @@
+"""The parts of a pipeline folder: configs, parameter shapes and rule tables of each."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.models.flux2 import config as flux2_config
+from clvr_jax.models.qwen3 import config as qwen3_config
+from conversion import flux2, qwen3, vae
+from conversion.rules import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What is known of a component by its name.
+
+    Attributes:
+      from_json: config of a config.json.
+      to_json: the inverse.
+      table: rule table of a config in a layout, "diffusers" or "bfl".
+      stacked: roots of its tree with a layer axis.
+      stem: name of its safetensors files in a diffusers folder.
+      layouts: file layouts that exist for it.
+    """
+
+    from_json: Callable[[Mapping[str, Any]], Any]
+    to_json: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any, str], Table]
+    stacked: tuple[str, ...]
+    stem: str
+    layouts: tuple[str, ...] = ("diffusers", "bfl")
+
+
+KINDS = {
+    "transformer": Kind(
+        flux2_config.transformer_from_json,
+        flux2_config.transformer_to_json,
+        lambda cfg, layout: {"diffusers": flux2.DIFFUSERS, "bfl": flux2.BFL}[layout],
+        flux2_config.STACKED,
+        "diffusion_pytorch_model",
+    ),
+    "vae": Kind(
+        flux2_config.vae_from_json,
+        flux2_config.vae_to_json,
+        vae.table,
+        (),
+        "diffusion_pytorch_model",
+    ),
+    "text_encoder": Kind(
+        qwen3_config.from_json,
+        qwen3_config.to_json,
+        lambda cfg, layout: qwen3.TIED if cfg.tied else qwen3.UNTIED,
+        qwen3_config.STACKED,
+        "model",
+        layouts=("diffusers",),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One component that was found.
+
+    Attributes:
+      name: transformer, vae or text_encoder.
+      layout: "orbax", "diffusers" (transformers for the text encoder) or "bfl".
+      path: the folder or file with its tensors.
+      config: its sizes.
+      text: its config.json as found, empty where none was.
+    """
+
+    name: str
+    layout: str
+    path: Path
+    config: Any
+    text: str = ""
+
+    @property
+    def kind(self) -> Kind:
+        """What is known of components of this name."""
+        return KINDS[self.name]
+
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """Roots of its tree whose leaves carry a layer axis."""
+        return self.kind.stacked
+
+    @property
+    def variant(self) -> str:
+        """Name of its sizes, or "other sizes"."""
+        named = {
+            "transformer": flux2_config.TRANSFORMER_VARIANTS,
+            "vae": flux2_config.VAE_VARIANTS,
+            "text_encoder": qwen3_config.VARIANTS,
+        }[self.name]
+        return next((name for name, cfg in named.items() if cfg == self.config), "other sizes")
+
+    def abstract(self, dtype: Any = "float32") -> dict[str, Any]:
+        """Return its parameter tree as shapes, everything that its files hold."""
+        return _abstract(self.name, self.config, dtype)
+
+    def table(self, layout: str) -> Table:
+        """Return its rule table in a file layout."""
+        return self.kind.table(self.config, layout)
+
+    def open(self) -> Any:
+        """Return its checkpoint as a `Source`.
+
+        Raises:
+          WeightsError: files are missing, truncated or not what they claim to be.
+        """
+        from clvr_jax.weights import SafetensorsReader
+        from conversion.sources import MappedSource, OrbaxSource
+
+        if self.layout == "orbax":
+            return OrbaxSource(self.path, self.stacked)
+        reader = SafetensorsReader(self.path)
+        return MappedSource(reader, self.table(self.layout), self.abstract())
+
+    def config_text(self, dtype: str | None = None) -> str:
+        """Return its config.json, as found or written anew, naming `dtype` if the found one did."""
+        values = json.loads(self.text) if self.text else self.kind.to_json(self.config)
+        renamed = [key for key in ("dtype", "torch_dtype") if dtype and key in values]
+        if self.text and not renamed:
+            return self.text
+        return json.dumps(values | dict.fromkeys(renamed, dtype), indent=2) + "\n"
+
+    def small_files(self) -> list[Path]:
+        """Return the other JSON files of its folder, e.g. generation_config.json."""
+        if self.layout == "bfl" or self.path.is_file():
+            return []
+        folder = self.path.parent if self.layout == "orbax" else self.path
+        return [
+            file
+            for file in sorted(folder.glob("*.json"))
+            if file.name != "config.json" and not file.name.endswith(".index.json")
+        ]
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(name: str, config: Any, dtype: Any) -> dict[str, Any]:
+    if name == "transformer":
+        from clvr_jax.models.flux2 import transformer as model
+    elif name == "vae":
+        from clvr_jax.models.flux2 import vae as model
+    else:
+        from clvr_jax.models.qwen3 import decoder as model
+    return model.abstract_params(config, dtype)
+
+
+def recognise(names: Any) -> tuple[str, str] | None:
+    """Return (component, layout) of a file with these tensor names, prefixes stripped, or None."""
+    signatures = {
+        ("transformer", "bfl"): "double_blocks.0.",
+        ("transformer", "diffusers"): "transformer_blocks.0.",
+        ("vae", "bfl"): "encoder.down.0.",
+        ("vae", "diffusers"): "encoder.down_blocks.0.",
+        ("text_encoder", "diffusers"): "model.layers.0.",
+    }
+    for found, start in signatures.items():
+        if any(name.startswith(start) for name in names):
+            return found
+    return None
