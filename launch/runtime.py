@@ -55,6 +55,9 @@ def readable_errors() -> Iterator[None]:
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     try:
         yield
+    except BrokenPipeError:  # the reader of our output left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("CLVR_TRACEBACK"):
             raise

@@ -305,11 +305,10 @@ def _check(image, text, layout: Layout, cache) -> None:
 def abstract_params(cfg: TransformerConfig, dtype=jnp.float32) -> Params:
     """Return the parameter tree as shapes, without allocating anything."""
     layout = Layout(text=1, noise=(1, 1))
-    arrays = (
-        jnp.zeros((1, 1, cfg.channels)),
-        jnp.zeros((1, 1, cfg.text_width)),
-        jnp.zeros((1,)),
-    )
-    init = lambda key: Transformer(cfg).init(key, *arrays, layout)["params"]
-    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def init():
+        image, text = jnp.zeros((1, 1, cfg.channels)), jnp.zeros((1, 1, cfg.text_width))
+        return Transformer(cfg).init(jax.random.key(0), image, text, jnp.zeros(1), layout)
+
+    shapes = jax.eval_shape(init)["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)

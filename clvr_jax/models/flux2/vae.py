@@ -189,7 +189,10 @@ class Attention(nn.Module):
 
 def abstract_params(cfg: VaeConfig, dtype=jnp.float32) -> Params:
     """Return the parameter tree as shapes, without allocating anything."""
-    image = jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels))
-    init = lambda key: Vae(cfg).init(key, image)["params"]
-    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def init():
+        image = jnp.zeros((1, cfg.factor, cfg.factor, cfg.in_channels))
+        return Vae(cfg).init(jax.random.key(0), image)
+
+    shapes = jax.eval_shape(init)["params"]
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)

@@ -163,14 +163,13 @@ def _angles(length: int, cfg: Qwen3Config) -> Float[Array, "l half"]:
 
 def abstract_params(cfg: Qwen3Config, dtype=jnp.float32, *, head: bool = True) -> Params:
     """Return the parameter tree as shapes; with `head`, final norm and untied head included."""
-    ids = jnp.zeros((1, 1), jnp.int32)
 
-    def init(key):
-        capture = (cfg.layers,)
-        params = Decoder(cfg).init(key, ids, jnp.ones(1, jnp.int32), capture)["params"]
+    def init():
+        key, ids = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
+        params = Decoder(cfg).init(key, ids, jnp.ones(1, jnp.int32), (cfg.layers,))["params"]
         if head:
             params |= _Rest(cfg).init(key, jnp.zeros((1, 1, cfg.width)))["params"]
         return params
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(init)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
