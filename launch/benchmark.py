@@ -14,7 +14,10 @@ def main(argv: list[str] | None = None) -> int:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     _image_options(subjects.add_parser("image", help="prompt and references to pixels"))
     options = parser.parse_args(argv)
-    return _image(options)
+    from launch.runtime import readable_errors
+
+    with readable_errors():
+        return _image(options)
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:

@@ -140,8 +140,10 @@ def collectives(instructions: Iterable[Instruction]) -> collections.Counter[str]
     counts: collections.Counter[str] = collections.Counter()
     for one in instructions:
         kind = one.opcode.removesuffix("-start")
-        if kind in COLLECTIVES and not one.opcode.endswith("-done"):
-            counts[kind] += len(one.shapes) if one.opcode == kind else max(len(one.shapes) // 2, 1)
+        if kind in COLLECTIVES:
+            # asynchronous ones return operands and results, but for all-reduce
+            both = one.opcode != kind and kind != "all-reduce"
+            counts[kind] += max(len(one.shapes) // 2, 1) if both else len(one.shapes)
     return counts
 
 

@@ -4,7 +4,7 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", os.environ.get("CLVR_TEST_PLATFORM", "cpu"))
+os.environ["JAX_PLATFORMS"] = os.environ.get("CLVR_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()

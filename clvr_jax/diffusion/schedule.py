@@ -41,7 +41,9 @@ def sigmas(tokens: int, steps: int) -> Float[np.ndarray, "steps_plus_one"]:
     return np.append(shift / (shift + 1.0 / raw - 1.0), 0.0).astype(np.float32)
 
 
-def model_times(levels: Float[Array, "..."], rounding: str = "none") -> Float[Array, "..."]:
+def model_times(
+    levels: Float[Array | np.ndarray, "..."], rounding: str = "none"
+) -> Float[Array, "..."]:
     """Return the t that the network is given for a noise level.
 
     Args:

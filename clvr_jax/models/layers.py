@@ -85,15 +85,18 @@ class Conv(nn.Module):
         shape = (3, 3, x.shape[-1], self.features)
         init = nn.initializers.lecun_normal(in_axis=(0, 1, 2), out_axis=3)
         kernel = self.param("kernel", init, shape).astype(x.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        # add the bias before rounding to bfloat16; cuDNN's fused bias does so by itself
+        wide = None if jax.default_backend() == "gpu" else jnp.promote_types(x.dtype, jnp.float32)
         y = jax.lax.conv_general_dilated(
             x,
             kernel,
             window_strides=(self.stride, self.stride),
             padding=self.padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            preferred_element_type=wide,
         )
-        return y + bias
+        return (y + bias.astype(y.dtype)).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
