@@ -27,3 +27,15 @@ class _Skipped(pytest.Module):
 def pytest_pycollect_makemodule(module_path, parent):
     """Put a skip in the place of every file of this folder when a reference is missing."""
     return _Skipped.from_parent(parent, path=module_path) if _MISSING else None
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the largest error of every test (in one process: -n 0)."""
+    if _MISSING:
+        return
+    from tests.parity.reference import MEASURED
+
+    if MEASURED:
+        terminalreporter.section("largest relative error, and its limit")
+    for test, (value, limit) in MEASURED.items():
+        terminalreporter.line(f"{value:9.2e}  {limit:8.2e}  {test}")

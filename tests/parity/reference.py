@@ -6,6 +6,7 @@ tests assert it. Nothing of ours is imported here.
 
 import copy
 import math
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -26,6 +27,17 @@ def relative_error(ours, theirs) -> float:
     assert np.isfinite(theirs).all() and np.abs(theirs).max() > 0
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     return float(error) if np.isfinite(error) else math.inf
+
+
+MEASURED: dict[str, tuple[float, float]] = {}  # by test: the largest value and its limit
+
+
+def within(limit: float, value, theirs=None) -> bool:
+    """Whether a value, or the relative error of an array, is below its limit; remembers it."""
+    value = value if theirs is None else relative_error(value, theirs)
+    test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].split("[")[0]
+    MEASURED[test] = (max(value, MEASURED.get(test, (0.0,))[0]), limit)
+    return value < limit
 
 
 def error_ratio(ours, theirs, exact) -> float:

@@ -12,7 +12,7 @@ from clvr_jax.generate.image import Settings, generate
 from clvr_jax.generate.references import prepare
 from tests.parity import pipelines
 from tests.parity.ours import image_model
-from tests.parity.reference import error_ratio, relative_error, round_bfloat16
+from tests.parity.reference import error_ratio, round_bfloat16, within
 
 TOLERANCE = 1e-4
 PROMPTS = ["a cat", "the user says hello world, holding a sign"]
@@ -76,7 +76,7 @@ def test_pictures(model, monkeypatch, kind, references, guidance, steps):
     latents, pixels = ours(
         model, monkeypatch, start, chosen, guidance=guidance, steps=steps, pattern=pattern
     )
-    assert relative_error(latents, theirs) < TOLERANCE
+    assert within(TOLERANCE, latents, theirs)
     assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
@@ -112,4 +112,4 @@ def test_bfloat16_is_as_exact_as_the_reference(model, monkeypatch):
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), model.params)
     found = ours(dataclasses.replace(model, params=half), monkeypatch, start, REFERENCES[:1])
     for mine, peer, right in zip(found, theirs, exact):
-        assert error_ratio(mine, peer, right) < 1.25
+        assert within(1.25, error_ratio(mine, peer, right))

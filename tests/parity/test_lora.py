@@ -18,7 +18,7 @@ from clvr_jax.models.flux2.transformer import Transformer, abstract_params
 from conversion.lora.files import read, write
 from tests.parity import reference
 from tests.parity.ours import carry
-from tests.parity.reference import normal, relative_error
+from tests.parity.reference import normal, within
 
 TOLERANCE = 3e-6
 LAYOUT = Layout(text=7, noise=(3, 5), references=((2, 3),))
@@ -58,7 +58,7 @@ def ours(adapters) -> jax.Array:
 def compare(adapters, pipe):
     expected, plain = theirs(pipe), theirs(pipeline())
     assert np.abs(expected - plain).max() > 0.1 * np.abs(plain).max(), "the adapters do too little"
-    assert relative_error(ours(adapters), expected) < TOLERANCE
+    assert within(TOLERANCE, ours(adapters), expected)
 
 
 def trained(pattern: str, rank: int, seed: int = 0):

@@ -10,7 +10,7 @@ from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Transformer
 from tests.parity import reference
 from tests.parity.ours import carry
-from tests.parity.reference import normal, relative_error
+from tests.parity.reference import normal, relative_error, within
 
 TOLERANCE = 3e-6
 TEXT, NOISE = 11, (4, 6)
@@ -45,7 +45,7 @@ def test_velocity(count):
     theirs = reference.kv_velocities(model, tokens, text, TIMES, NOISE, layout.references)
 
     for ours, expected in zip(whole_sequence(network, params, tokens, text, layout), theirs):
-        assert relative_error(ours, expected) < TOLERANCE
+        assert within(TOLERANCE, ours, expected)
 
     noise, references = np.split(tokens, [layout.noise_tokens], axis=1)
     encode = jax.jit(
@@ -55,7 +55,7 @@ def test_velocity(count):
     run = jax.jit(network.apply, static_argnames="layout")
     for t, expected in zip(TIMES, theirs):
         ours = run({"params": params}, noise, text, t, layout=layout.with_cache(), cache=cache)
-        assert relative_error(ours, expected) < TOLERANCE
+        assert within(TOLERANCE, ours, expected)
 
 
 def test_pattern_is_another_function_than_full():
@@ -83,4 +83,4 @@ def test_without_references_the_pattern_is_plain():
     tokens, text = inputs(layout)
     for t, ours in zip(TIMES, whole_sequence(network, params, tokens, text, layout)):
         theirs = reference.velocity(model, tokens, text, t, NOISE)
-        assert relative_error(ours, theirs) < TOLERANCE
+        assert within(TOLERANCE, ours, theirs)

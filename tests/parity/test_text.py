@@ -11,7 +11,7 @@ import torch
 from clvr_jax.models.qwen3.decoder import Decoder
 from tests.parity import coders, reference
 from tests.parity.ours import carry
-from tests.parity.reference import error_ratio, relative_error
+from tests.parity.reference import error_ratio, relative_error, within
 
 TOLERANCE = 5e-6
 MODELS = {
@@ -51,9 +51,9 @@ def test_features(name):
     ours = program(cfg)({"params": params}, ids(), LENGTHS)
     assert ours.shape == (3, BUCKET, 3 * cfg.width)
     for row in range(3):
-        assert relative_error(ours[row], theirs[row]) < TOLERANCE
+        assert within(TOLERANCE, ours[row], theirs[row])
     pads = np.arange(BUCKET) >= LENGTHS[:, None]
-    assert relative_error(ours[pads], theirs[pads]) < TOLERANCE
+    assert within(TOLERANCE, ours[pads], theirs[pads])
 
 
 def test_choices_that_must_not_be_made_differ():
@@ -79,7 +79,7 @@ def test_other_layers():
     model, cfg, params = pair("grouped")
     theirs = coders.text_features(model, ids(), LENGTHS, (1, 5))
     ours = program(cfg)({"params": params}, ids(), LENGTHS, capture=(1, 5))
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert within(TOLERANCE, ours, theirs)
 
 
 def test_bfloat16_is_as_exact_as_the_reference():

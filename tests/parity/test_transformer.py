@@ -15,7 +15,7 @@ from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.tree import flatten, unflatten
 from tests.parity import reference
 from tests.parity.ours import carry
-from tests.parity.reference import error_ratio, normal, relative_error, round_bfloat16
+from tests.parity.reference import error_ratio, normal, relative_error, round_bfloat16, within
 
 TOLERANCE = 3e-6
 TEXT = 13
@@ -64,13 +64,13 @@ def both(name: str, layout: Layout, stream: float = 1.0):
 )
 def test_velocity(name, references):
     ours, theirs = both(name, Layout(TEXT, NOISE, REFERENCES[:references]))
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert within(TOLERANCE, ours, theirs)
 
 
 def test_small_activations_show_every_epsilon():
     layout = Layout(TEXT, NOISE, REFERENCES[:2])
     ours, theirs = both("tiny", layout, stream=1e-3)
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert within(TOLERANCE, ours, theirs)
     _, cfg, params = pair("tiny", 1e-3)
     wrong = dataclasses.replace(cfg, eps=1e-5)
     ours = program(wrong)({"params": params}, *inputs(cfg, layout), layout=layout)
@@ -146,4 +146,4 @@ def test_bfloat16_is_as_exact_as_the_reference():
         ours = program(cfg)(variables, half(tokens), half(text), t, layout=layout)
         assert ours.dtype == jnp.bfloat16
         found.append((np.asarray(ours, np.float32), theirs, exact))
-    assert error_ratio(*map(np.concatenate, zip(*found))) < 1.25
+    assert within(1.25, error_ratio(*map(np.concatenate, zip(*found))))

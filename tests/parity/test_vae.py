@@ -13,7 +13,7 @@ from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.tree import flatten, unflatten
 from tests.parity import coders, reference
 from tests.parity.ours import carry
-from tests.parity.reference import error_ratio, normal, relative_error, round_bfloat16
+from tests.parity.reference import error_ratio, normal, relative_error, round_bfloat16, within
 
 TOLERANCE = 1e-5
 VARIANTS = {
@@ -55,7 +55,7 @@ def test_encode(name):
     theirs = coders.encode(model, images(cfg))
     assert 0.3 < theirs.std() < 3, "the toy model is degenerate"
     ours = program(cfg, "encode")({"params": params}, images(cfg))
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert within(TOLERANCE, ours, theirs)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -64,7 +64,7 @@ def test_decode(name):
     theirs = coders.decode(model, latents(cfg))
     assert 0.3 < theirs.std() < 1 and np.mean(np.abs(theirs) > 1) < 0.05, "no contrast"
     ours = program(cfg, "decode")({"params": params}, latents(cfg))
-    assert relative_error(ours, theirs) < TOLERANCE
+    assert within(TOLERANCE, ours, theirs)
 
 
 def test_every_weight_matters_but_the_log_variance():
@@ -119,7 +119,7 @@ def test_decode_inverts_the_latent_handling_of_encode():
     theirs = model.decode(model.encode(nchw).latent_dist.mean).sample.permute(0, 2, 3, 1).numpy()
     z = program(cfg, "encode")({"params": params}, x)
     ours = program(cfg, "decode")({"params": params}, z)
-    assert relative_error(ours, theirs) < 2 * TOLERANCE
+    assert within(2 * TOLERANCE, ours, theirs)
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
@@ -137,7 +137,7 @@ def test_bfloat16_is_as_exact_as_the_reference(method):
         ours = program(cfg, method)({"params": params}, jnp.asarray(x, jnp.bfloat16))
         assert ours.dtype == jnp.bfloat16
         found.append((np.asarray(ours, np.float32), theirs, exact))
-    assert error_ratio(*map(np.concatenate, zip(*found))) < 1.25
+    assert within(1.25, error_ratio(*map(np.concatenate, zip(*found))))
 
 
 def test_reference_patchify_is_what_the_sheet_says():
