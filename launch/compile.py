@@ -65,8 +65,9 @@ def _topology(name: str):
     os.environ["JAX_PLATFORMS"] = "cpu"
     from jax.experimental import topologies
 
+    single = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(name, "tpu", **single).devices
     except Exception as error:  # JAX raises several kinds for a missing library or an unknown name
         raise ValueError(
             f'no topology {name!r}: {error}. Names look like v5e:2x4; pip install -e ".[tpu]"'

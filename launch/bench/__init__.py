@@ -1,0 +1,1 @@
+"""What the benchmark commands share: random weights, FLOP counts, timing, peers, reports."""
