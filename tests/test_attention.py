@@ -16,6 +16,7 @@ HERE = ("reference", "blocked")  # what runs on every device
 def many_blocks(monkeypatch):
     """Blocks of 16 queries, the smallest, at toy sizes."""
     monkeypatch.setattr(blocked, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(blocked, "CPU_ROWS", 16)
 
 
 def draw(*shape, seed=0, dtype=jnp.float32):
@@ -165,19 +166,19 @@ def test_the_float64_reference_is_the_definition():
 def test_large_scores_are_computed_in_blocks():
     """The score matrix of a 1024 x 1024 picture is never materialised, even on a CPU."""
     chosen = {}
-    for tokens in (512, 4608):
+    for tokens in (64, 4608):
         shape = jax.ShapeDtypeStruct((1, tokens, 24, 128), jnp.float32)
         jax.eval_shape(lambda q, n=tokens: chosen.update({n: choose(q, q)}), shape)
     if jax.default_backend() == "cpu":
-        assert chosen == {512: "reference", 4608: "blocked"}
+        assert chosen == {64: "reference", 4608: "blocked"}
     assert chosen[4608] == "blocked"
-    assert blocked.block_length(1, 4608, 24, 4608) == 64
+    assert blocked.block_rows(1, 4608, 24, 4608) == 64
 
 
-def test_block_lengths_are_powers_of_two_within_bounds():
-    assert blocked.block_length(1, 100, 1, 100) == 64
-    assert blocked.block_length(64, 5000, 32, 50000) == 16
-    assert blocked.block_length(1, 10**6, 1, 1) == 1024
+def test_block_rows_are_powers_of_two_within_bounds():
+    assert blocked.block_rows(1, 100, 1, 100) == 64
+    assert blocked.block_rows(64, 5000, 32, 50000) == 16
+    assert blocked.block_rows(1, 10**6, 1, 1) == 1024
 
 
 def test_unknown_implementation():
@@ -196,3 +197,38 @@ def test_masks_are_refused_for_several_key_arrays():
 def test_cudnn_says_what_it_needs():
     with pytest.raises(ValueError, match=r"needs an NVIDIA GPU.*float32 width 16 on cpu"):
         attend(*operands(), implementation="cudnn")
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_together_equal_heads_in_turn(monkeypatch, many_blocks, causal):
+    """The path of accelerators (heads together) and that of CPUs give the same, and gradients."""
+    q, k, v = operands(keys=37)
+    lengths = jnp.array([20, 37])
+
+    def run():
+        jax.clear_caches()
+        total = lambda *x: attend(
+            *x, causal=causal, lengths=lengths, implementation="blocked"
+        ).sum()
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    in_turn = run()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for ours, theirs in zip(run(), in_turn):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_cudnn_is_given_joined_keys_as_one_array(monkeypatch):
+    """Its backward pass would leave out the gradient of the residual."""
+    seen = []
+
+    def spy(q, k, v, **options):
+        seen.append((k.shape, options["residual"]))
+        return attention.reference.attention(q, k, v, **options)
+
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "cudnn", spy)
+    q, k, v = operands()
+    out = attend(q, [k, k[:, :5]], [v, v[:, :5]], implementation="cudnn")
+    assert seen == [((2, 58, 2, 16), False)]
+    whole = attend(q, [k, k[:, :5]], [v, v[:, :5]], implementation="reference")
+    np.testing.assert_allclose(out, whole, atol=1e-6)

@@ -22,8 +22,8 @@ IMPLEMENTATIONS: dict[str, Callable] = {
     "blocked": blocked.attention,
     "cudnn": cudnn.attention,
 }
-# scores beyond this many bytes are computed in blocks of queries
-_WHOLE_SCORES = 64 * 2**20
+# on a CPU, scores up to this many bytes are computed whole
+_WHOLE_SCORES = 2**20
 
 
 def choose(q: Heads, k: Float[Array, "b m g k"]) -> str:
@@ -49,7 +49,7 @@ def attend(
 
     Args:
       q: queries.
-      keys: keys, or a sequence of key arrays that are attended as if concatenated (never copied).
+      keys: keys, or a sequence of key arrays that are attended as if concatenated.
       values: values, as `keys`.
       causal: query i sees keys 0..i; single key array only.
       lengths: keys from this index on are not seen; single key array only.
@@ -71,6 +71,9 @@ def attend(
         keys, values = [keys], [values]
     if len(keys) > 1 and (causal or lengths is not None):
         raise ValueError("several key arrays are joined without masks; concatenate them instead")
+    if len(keys) > 1 and (implementation or choose(q, keys[0])) == "cudnn":
+        # its backward pass leaves out the gradient of the residual
+        keys, values = [jnp.concatenate(keys, axis=1)], [jnp.concatenate(values, axis=1)]
     parts = []
     for k, v in zip(keys, values, strict=True):
         name = implementation or choose(q, k)

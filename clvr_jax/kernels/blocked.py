@@ -4,51 +4,63 @@ import einops
 import jax
 import jax.numpy as jnp
 
-from clvr_jax.kernels import reference
+BLOCK_BYTES = 32 * 2**20  # scores of one block of all heads, float32
+CPU_ROWS = 512  # queries of a block of one head: its scores stay in cache
 
-BLOCK_BYTES = 32 * 2**20  # scores of one block, float32
 
-
-def block_length(b: int, length: int, heads: int, keys: int) -> int:
+def block_rows(b: int, length: int, heads: int, keys: int) -> int:
     """Return queries per block: a power of two from 16 to 1024, scores near `BLOCK_BYTES`."""
     fitting = BLOCK_BYTES // max(4 * b * heads * keys, 1)
-    block = 16
-    while block * 2 <= min(fitting, 1024, length):
-        block *= 2
-    return block
+    rows = 16
+    while rows * 2 <= min(fitting, 1024, length):
+        rows *= 2
+    return rows
 
 
 def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None).
 
-    The backward pass recomputes each block's scores, so nothing of size l x m is ever kept.
+    The backward pass recomputes each block's scores, so nothing of size l x m is ever kept. On
+    CPUs heads follow one another, as plain matrix products; elsewhere they run together.
     """
-    b, length, heads, _ = q.shape
-    block = block_length(b, length, heads, k.shape[1])
-    blocks = -(-length // block)
-    padded = jnp.pad(q, ((0, 0), (0, blocks * block - length), (0, 0), (0, 0)))
-    padded = einops.rearrange(padded, "b (n l) h k -> n b l h k", n=blocks)
-
+    b, length, heads, width = q.shape
+    groups = k.shape[2]
+    cpu = jax.default_backend() == "cpu"
+    rows = min(CPU_ROWS, length) if cpu else block_rows(b, length, heads, k.shape[1])
+    blocks = -(-length // rows)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    places = jnp.arange(k.shape[1])
     # the blocks' gradients of keys and values add up in float32, whatever the operands' type
-    wide = jnp.promote_types(k.dtype, jnp.float32)
-    k_sum, v_sum = k.astype(wide), v.astype(wide)
+    k_sum, v_sum = (einops.rearrange(x.astype(wide), "b m g k -> (b g) m k") for x in (k, v))
+    padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
+    queries = einops.rearrange(padded, "b (n l) (g r) k -> n (b g) (r l) k", n=blocks, g=groups)
+    real = None if lengths is None else jnp.repeat(lengths, groups)
+
+    def head(index, part, keys, values, count):
+        scores = jnp.matmul(part, keys.astype(k.dtype).T, preferred_element_type=wide)
+        scores = scores * width**-0.5
+        if count is not None:
+            scores = jnp.where(places < count, scores, -jnp.inf)
+        if causal:
+            row = index * rows + jnp.arange(part.shape[0]) % rows
+            scores = jnp.where(places <= row[:, None], scores, -jnp.inf)
+        top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = jnp.matmul(
+            weights.astype(v.dtype), values.astype(v.dtype), preferred_element_type=wide
+        )
+        return (out / total).astype(q.dtype), (jnp.log(total) + top)[:, 0]
 
     @jax.checkpoint
-    def one(args):
+    def block(args):
         index, part = args
-        keys, values = k_sum.astype(k.dtype), v_sum.astype(v.dtype)
-        return reference.attention(
-            part,
-            keys,
-            values,
-            causal=causal,
-            lengths=lengths,
-            residual=residual,
-            offset=index * block,
-        )
+        one = lambda operands: head(index, *operands)
+        operands = (part, k_sum, v_sum, real)
+        return jax.lax.map(one, operands) if cpu else jax.vmap(one)(operands)
 
-    out, lse = jax.lax.map(one, (jnp.arange(blocks), padded))
-    out = einops.rearrange(out, "n b l h k -> b (n l) h k")[:, :length]
-    if lse is not None:
-        lse = einops.rearrange(lse, "n b l h -> b (n l) h")[:, :length]
-    return out, lse
+    out, lse = jax.lax.map(block, (jnp.arange(blocks), queries))
+    out = einops.rearrange(out, "n (b g) (r l) k -> b (n l) (g r) k", b=b, l=rows)[:, :length]
+    if not residual:
+        return out, None
+    return out, einops.rearrange(lse, "n (b g) (r l) -> b (n l) (g r)", b=b, l=rows)[:, :length]

@@ -5,25 +5,24 @@ import jax
 import jax.numpy as jnp
 
 
-def scores_of(q, k, *, causal, lengths, offset=0):
-    """Return masked scaled scores (b, g, r, l, m), at least float32; query 0 has index `offset`."""
+def scores_of(q, k, *, causal, lengths):
+    """Return masked scaled scores (b, g, r, l, m), at least float32."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     grouped = einops.rearrange(q, "b l (g r) k -> b g r l k", g=k.shape[2])
     scores = jnp.einsum("bgrlk,bmgk->bgrlm", grouped, k, preferred_element_type=dtype)
     scores = scores * (q.shape[-1] ** -0.5)
     keys = jnp.arange(k.shape[1])
     if causal:
-        queries = offset + jnp.arange(q.shape[1])
-        scores = jnp.where(keys <= queries[:, None], scores, -jnp.inf)
+        scores = jnp.where(keys <= jnp.arange(q.shape[1])[:, None], scores, -jnp.inf)
     if lengths is not None:
         seen = keys < lengths[:, None]
         scores = jnp.where(seen[:, None, None, None], scores, -jnp.inf)
     return scores
 
 
-def attention(q, k, v, *, causal=False, lengths=None, residual=False, offset=0):
+def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None); float64 operands stay float64."""
-    scores = scores_of(q, k, causal=causal, lengths=lengths, offset=offset)
+    scores = scores_of(q, k, causal=causal, lengths=lengths)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bgrlm,bmgk->blgrk", weights, v)
     out = einops.rearrange(out, "b l g r k -> b l (g r) k")

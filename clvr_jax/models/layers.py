@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,14 +62,18 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        c = x.shape[-1]
+        b, c = x.shape[0], x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,)).astype(jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (c,)).astype(jnp.float32)
-        h = einops.rearrange(x.astype(jnp.float32), "b ... (g c) -> b (...) g c", g=self.groups)
-        mean = jnp.mean(h, axis=(1, 3), keepdims=True)
-        var = jnp.mean((h - mean) ** 2, axis=(1, 3), keepdims=True)
-        h = ((h - mean) * jax.lax.rsqrt(var + self.eps)).reshape(x.shape)
-        return (h * scale + bias).astype(x.dtype)
+        h = x.astype(jnp.float32).reshape(b, -1, c)
+
+        def grouped(values):  # channel means first: reductions over places keep channels last
+            means = jnp.mean(values, axis=1).reshape(b, self.groups, -1).mean(axis=-1)
+            return jnp.repeat(means, c // self.groups, axis=-1)[:, None]
+
+        h = h - grouped(h)
+        h = h * jax.lax.rsqrt(grouped(h**2) + self.eps)
+        return (h * scale + bias).reshape(x.shape).astype(x.dtype)
 
 
 class Conv(nn.Module):

@@ -20,7 +20,7 @@ class Case:
       name: what the model does there.
       b: batch.
       queries: query tokens.
-      keys: tokens of every key array; several are joined by their residuals.
+      keys: tokens of every key array; several are attended as one.
       heads: query heads.
       kv_heads: key heads.
       width: head width.
