@@ -19,12 +19,12 @@ _SAMPLING = {
 
 
 def get_config(variant: str = "auto") -> mlc.ConfigDict:
-    """Return the config of a variant; -1 and "auto" are read off the weights."""
+    """Return the config of a variant; -1 and "auto" are read off the weights and references."""
     if variant not in _SAMPLING:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_SAMPLING)}")
     c = mlc.ConfigDict(_SAMPLING[variant])
-    c.height = 1024  # pixels, multiples of 16
-    c.width = 1024
+    c.height = -1  # pixels, a multiple of 16; -1: of the first reference image, else 1024
+    c.width = -1
     c.text_tokens = 512  # 512, 1024 or 2048; stock klein was trained with 512
     c.rounding = "none"  # of the noise level: none, bfl, diffusers
     c.dtype = "auto"  # bfloat16 on accelerators, float32 on CPUs

@@ -54,10 +54,10 @@ def main(argv) -> None:
 
     weights = build.inspect_weights(_WEIGHTS.value, _TRANSFORMER.value)
     config = _CONFIG.value
-    settings = _settings(config, weights, bool(_IMAGE.value))
     dtype = build.resolve_dtype(config.dtype)
     nets = build.networks(weights, config.attention, config.layers)
     references = pictures.read_references(_IMAGE.value, nets.vae.cfg.factor)
+    settings = _settings(config, weights, [image.shape[:2] for image in references])
     layout = generation.layout_of(nets, settings, [image.shape[:2] for image in references])
     mesh = build.make_mesh(config.mesh)
     if _DRY_RUN.value:
@@ -78,7 +78,7 @@ def main(argv) -> None:
         layers=config.layers,
         loras=_loras(),
     )
-    if seeds and settings.guidance != 1.0 and weights.distilled:
+    if settings.guidance != 1.0 and weights.distilled:
         say("note: these weights are distilled; guidance costs twice and is off-distribution")
     say(f"loaded in {time.perf_counter() - start:.1f} s (compile cache: {cache})")
     metadata = {
@@ -109,15 +109,16 @@ def main(argv) -> None:
     print(files[-1])
 
 
-def _settings(config, weights, edits: bool):
+def _settings(config, weights, references: list[tuple[int, int]]):
     from clvr_jax.diffusion.schedule import ROUNDINGS
     from clvr_jax.generate.image import Settings
     from clvr_jax.generate.prompt import TEXT_BUCKETS
 
     auto = {"steps": 4, "guidance": 1.0} if weights.distilled else {"steps": 28, "guidance": 4.0}
+    height, width = references[0] if references else (1024, 1024)
     settings = Settings(
-        height=config.height,
-        width=config.width,
+        height=height if config.height == -1 else config.height,
+        width=width if config.width == -1 else config.width,
         steps=auto["steps"] if config.steps == -1 else config.steps,
         guidance=auto["guidance"] if config.guidance == -1.0 else config.guidance,
         text_tokens=config.text_tokens,
@@ -133,7 +134,7 @@ def _settings(config, weights, edits: bool):
             f"steps {settings.steps}, guidance {settings.guidance} and batch {config.batch} must "
             "each be at least 1 (guidance 1 means none)"
         )
-    if edits and settings.pattern != weights.pattern:
+    if references and settings.pattern != weights.pattern:
         print(
             f"note: these weights were trained with the {weights.pattern!r} attention pattern, not "
             f"with {settings.pattern!r}; edits will be off-distribution",

@@ -96,7 +96,17 @@ def test_running_needs_no_torch_and_no_tensorflow():
 
 
 @pytest.mark.parametrize(
-    "command", ["launch", "launch.generate", "launch.toy", "launch.benchmark", "conversion"]
+    "command",
+    [
+        "launch",
+        "launch.generate",
+        "launch.toy",
+        "launch.benchmark",
+        "launch.compile",
+        "launch.validate_kernels",
+        "conversion",
+        "conversion.lora",
+    ],
 )
 def test_help_answers_without_heavy_imports(command):
     args = [] if command == "launch" else ["--help"]

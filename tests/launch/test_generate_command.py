@@ -61,6 +61,15 @@ def test_pictures_metadata_grid_and_settings(weights, tmp_path):
     assert done.stdout.strip() == str(tmp_path / "out" / "grid.png")
 
 
+def test_an_edit_has_the_size_of_its_first_reference(weights, tmp_path):
+    Image.new("RGB", (100, 70), "red").save(tmp_path / "ref.png")
+    flags = [f"--weights={weights}", "--prompt=x", f"--image={tmp_path / 'ref.png'}", "--dry_run"]
+    both = 2 * (64 // 16) * (96 // 16)  # the picture and the reference, cut to 64 x 96
+    assert f"512 text + {both} image tokens" in command(*flags).stdout
+    done = command(*flags, "--config.height=128")
+    assert f"512 text + {8 * 6 + both // 2} image tokens" in done.stdout
+
+
 def test_dry_run_prints_sizes_and_writes_nothing(weights, tmp_path):
     out = tmp_path / "out"
     done = command(f"--weights={weights}", "--prompt=x", "--dry_run", f"--out={out}")
