@@ -26,6 +26,7 @@ from clvr_jax.models.qwen3 import decoder as qwen3_decoder
 from clvr_jax.tree import count, flatten
 from clvr_jax.typing import Params
 from conversion import detect
+from conversion.check import check_together
 from conversion.load import load
 from conversion.sources import fingerprint
 
@@ -69,32 +70,18 @@ def inspect_weights(source: str, transformer: str | None = None) -> Weights:
             "folder. For a single transformer file give the pipeline folder as --weights and the "
             "file as --transformer"
         )
-    _check_widths(found)
+    check_together(found.components)
+    layers = found.components["text_encoder"].config.layers
+    if layers < qwen3_decoder.KLEIN_LAYERS[-1]:
+        raise ValueError(
+            f"the text encoder has {layers} layers, klein reads after {qwen3_decoder.KLEIN_LAYERS}"
+        )
     index = {}
     if detect.INDEX in found.shared:
         index = json.loads(found.shared[detect.INDEX].read_text())
     kv = index.get("_class_name") == "Flux2KleinKVPipeline"
     distilled = bool(index.get("is_distilled", False)) or kv
     return Weights(found, distilled, "kv" if kv else "full")
-
-
-def _check_widths(found: detect.Found) -> None:
-    dit, vae, text = (found.components[name].config for name in COMPONENTS)
-    features = len(qwen3_decoder.KLEIN_LAYERS) * text.width
-    if dit.text_width != features:
-        raise ValueError(
-            f"the transformer reads text features {dit.text_width} wide, the text encoder gives "
-            f"{features}; klein 4B goes with Qwen3-4B (7680) and 9B with Qwen3-8B (12288)"
-        )
-    if dit.channels != 4 * vae.latent_channels:
-        raise ValueError(
-            f"the transformer has {dit.channels} channels, the VAE {vae.latent_channels} x 4"
-        )
-    if text.layers < qwen3_decoder.KLEIN_LAYERS[-1]:
-        raise ValueError(
-            f"the text encoder has {text.layers} layers, klein reads after "
-            f"{qwen3_decoder.KLEIN_LAYERS}"
-        )
 
 
 def networks(weights: Weights, attention: str = "auto", layers: str = "scan") -> Networks:
@@ -167,9 +154,14 @@ def load_image_model(
     if loras:
         params["transformer"] = _with_loras(params["transformer"], loras)
     if layers == "unrolled":
-        params["transformer"] = unstack(params["transformer"], flux2.STACKED)
-        params["text_encoder"] = unstack(params["text_encoder"], qwen3.STACKED)
+        params = unrolled(params)
     return ImageModel(nets, params, tokenizer.result())
+
+
+def unrolled(params: dict[str, Params]) -> dict[str, Params]:
+    """Return the parameters of networks with `scan=False`; the given arrays are freed."""
+    roots = {"transformer": flux2.STACKED, "text_encoder": qwen3.STACKED, "vae": ()}
+    return {name: unstack(tree, roots[name]) for name, tree in params.items()}
 
 
 def resolve_dtype(name: str) -> Any:

@@ -76,28 +76,17 @@ def _topology(name: str):
 
 def _lowered(mesh, height: int, width: int):
     """Yield (name, lowered program) with shapes and shardings only."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
     from clvr_jax import parallel
     from clvr_jax.generate import image as generation
-    from clvr_jax.models.flux2 import config as flux2
-    from clvr_jax.models.flux2.transformer import Transformer
-    from clvr_jax.models.flux2.vae import Vae
-    from clvr_jax.models.qwen3 import config as qwen3
-    from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS, Decoder
     from clvr_jax.tree import flatten, unflatten
     from launch import build
+    from launch.bench.image import networks
 
-    text = qwen3.VARIANTS[{"klein_4b": "qwen3_4b", "klein_9b": "qwen3_8b"}[_MODEL.value]]
-    nets = generation.Networks(
-        Transformer(flux2.TRANSFORMER_VARIANTS[_MODEL.value]),
-        Decoder(dataclasses.replace(text, layers=KLEIN_LAYERS[-1])),
-        Vae(flux2.VAE_VARIANTS["klein"]),
-    )
+    nets = networks(_MODEL.value)
 
     def placed(tree):
         places = flatten(parallel.shardings(tree, mesh))

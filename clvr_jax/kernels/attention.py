@@ -28,7 +28,7 @@ _WHOLE_SCORES = 2**20
 
 def choose(q: Heads, k: Float[Array, "b m g k"]) -> str:
     """Return the name of the implementation for these operands on the default backend."""
-    if cudnn.supports(q, k):
+    if cudnn.supports(q):
         return "cudnn"
     b, length, heads, _ = q.shape
     scores = 4 * b * heads * length * k.shape[1]

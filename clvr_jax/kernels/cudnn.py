@@ -1,20 +1,13 @@
 """cuDNN's fused attention on NVIDIA GPUs: half precision, head widths up to 128."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 
-@functools.cache
-def _backend() -> str:
-    return jax.default_backend()
-
-
-def supports(q, k) -> bool:
+def supports(q) -> bool:
     """Whether this can run: GPU, bf16 or f16, head width <= 128 and a multiple of 8."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    return _backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
 def attention(q, k, v, *, causal=False, lengths=None, residual=False):
@@ -25,10 +18,10 @@ def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     Raises:
       ValueError: the operands cannot run on this device, or a residual is asked for.
     """
-    if not supports(q, k):
+    if not supports(q):
         raise ValueError(
             "cudnn attention needs an NVIDIA GPU, bfloat16 or float16, and a head width that is a "
-            f"multiple of 8 up to 128; got {q.dtype} width {q.shape[-1]} on {_backend()}"
+            f"multiple of 8 up to 128; got {q.dtype} width {q.shape[-1]} on {jax.default_backend()}"
         )
     if residual:
         raise ValueError("cudnn attention has no residual here; concatenate the keys instead")

@@ -17,15 +17,15 @@ from clvr_jax.generate.image import ImageModel, Networks, Settings
 from clvr_jax.generate.prompt import tokenize
 from clvr_jax.generate.references import prepare
 from clvr_jax.models.flux2 import config as flux2
-from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3 import config as qwen3
 from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS, Decoder
+from launch import build as root
 from launch.bench import flops, machine, programs
 from launch.bench.rivals import Rivals
 from launch.bench.timing import Timing, measure
-from launch.bench.weights import abstract_of, random_params
+from launch.bench.weights import random_params
 
 PROMPT_TOKENS = 60  # real tokens of the made-up prompt; the rest of the text length is padding
 
@@ -80,43 +80,32 @@ class Ids:
         return self.ids[: min(13, len(self.ids))] if empty else self.ids
 
 
+def networks(model: str, scan: bool = True) -> Networks:
+    """Return the networks of a key of `MODELS`, the text encoder cut where klein stops reading."""
+    transformer, vae, text = MODELS[model]
+    transformer = flux2.TRANSFORMER_VARIANTS.get(transformer, transformer)
+    vae = flux2.VAE_VARIANTS.get(vae, vae)
+    text = dataclasses.replace(qwen3.VARIANTS.get(text, text), layers=KLEIN_LAYERS[-1])
+    return Networks(Transformer(transformer, scan=scan), Decoder(text, scan=scan), Vae(vae))
+
+
 def build(case: Case) -> ImageModel:
     """Return the networks with random weights on the default device.
 
     Raises:
       ValueError: the size of the picture is no multiple of the VAE's factor.
     """
-    transformer, vae, text = MODELS[case.model]
-    transformer = flux2.TRANSFORMER_VARIANTS.get(transformer, transformer)
-    vae = flux2.VAE_VARIANTS.get(vae, vae)
-    text = dataclasses.replace(qwen3.VARIANTS.get(text, text), layers=KLEIN_LAYERS[-1])
-    nets = Networks(
-        Transformer(transformer, scan=case.scan), Decoder(text, scan=case.scan), Vae(vae)
-    )
+    nets = networks(case.model, case.scan)
     image.layout_of(nets, case.settings)  # a wrong size is told before weights are made
-    params = {}
     stacked = (*flux2.STACKED, *qwen3.STACKED)
-    for seed, (name, init) in enumerate(_inits(nets).items()):
-        abstract = abstract_of(init, jnp.dtype(case.dtype))
-        params[name] = random_params(abstract, seed, stacked if name != "vae" else ())
-    tokenizer = Ids(text.vocab, case.settings.text_tokens)
-    return ImageModel(nets, jax.block_until_ready(params), tokenizer)
-
-
-def _inits(nets: Networks) -> dict[str, Callable[[jax.Array], Any]]:
-    """Initialisers on the smallest inputs; only their shapes are used."""
-    c = nets.transformer.cfg
-    small = Layout(text=1, noise=(1, 1))
-    side = nets.vae.cfg.factor
-    return {
-        "transformer": lambda key: nets.transformer.init(
-            key, jnp.zeros((1, 1, c.channels)), jnp.zeros((1, 1, c.text_width)), jnp.zeros(1), small
-        ),
-        "text_encoder": lambda key: nets.text_encoder.init(
-            key, jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)
-        ),
-        "vae": lambda key: nets.vae.init(key, jnp.zeros((1, side, side, nets.vae.cfg.in_channels))),
+    params = {
+        name: random_params(abstract, seed, stacked if name != "vae" else ())
+        for seed, (name, abstract) in enumerate(root.abstract(nets, jnp.dtype(case.dtype)).items())
     }
+    if not case.scan:
+        params = root.unrolled(params)
+    tokenizer = Ids(nets.text_encoder.cfg.vocab, case.settings.text_tokens)
+    return ImageModel(nets, jax.block_until_ready(params), tokenizer)
 
 
 def prompts_of(case: Case) -> list[str]:

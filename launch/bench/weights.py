@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,12 +59,6 @@ def _range(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
         raise ValueError(f"no random value is defined for {path} {shape}; add its name")
     fan_in = math.prod(shape[:3]) if len(shape) == 4 and shape[:2] == (3, 3) else shape[0]
     return 0.0, math.sqrt(3.0 / fan_in)
-
-
-def abstract_of(init: Callable[[jax.Array], Any], dtype) -> Params:
-    """Return the shapes of a module's parameters in `dtype` without allocating anything."""
-    shapes = jax.eval_shape(init, jax.random.key(0))["params"]
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
 
 
 def layer_reader(
