@@ -17,6 +17,8 @@ ORDER = (
     ("clvr_jax.checkpoint", "clvr_jax.lora", "clvr_jax.kernels"),
     ("clvr_jax.models",),
     ("clvr_jax.generate",),
+    ("clvr_jax.backends",),
+    ("clvr_jax.serving",),
     ("conversion",),
     ("launch",),
 )
