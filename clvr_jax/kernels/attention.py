@@ -26,9 +26,9 @@ IMPLEMENTATIONS: dict[str, Callable] = {
 _WHOLE_SCORES = 2**20
 
 
-def choose(q: Heads, k: Float[Array, "b m g k"]) -> str:
+def choose(q: Heads, k: Float[Array, "b m g k"], offset: bool = False) -> str:
     """Return the name of the implementation for these operands on the default backend."""
-    if cudnn.supports(q):
+    if cudnn.supports(q) and not offset:
         return "cudnn"
     b, length, heads, _ = q.shape
     scores = 4 * b * heads * length * k.shape[1]
@@ -43,6 +43,7 @@ def attend(
     *,
     causal: bool = False,
     lengths: Int[Array, "b"] | None = None,
+    offset: Int[Array, "b"] | None = None,
     implementation: str | None = None,
 ) -> Heads:
     """Softmax attention with scale 1/sqrt(k), over one key array or several joined exactly.
@@ -53,6 +54,8 @@ def attend(
       values: values, as `keys`.
       causal: query i sees keys 0..i; single key array only.
       lengths: keys from this index on are not seen; single key array only.
+      offset: index of the first query among the keys, with `causal`: query i sees keys
+        0..offset + i. `cudnn` cannot do this: asked for it, another implementation takes over.
       implementation: a name in `IMPLEMENTATIONS`; None chooses by device and shape.
 
     Returns:
@@ -69,6 +72,10 @@ def attend(
         )
     if not isinstance(keys, (list, tuple)):
         keys, values = [keys], [values]
+    if offset is not None and not causal:
+        raise ValueError("an offset moves the causal edge; it needs causal=True")
+    if offset is not None and implementation == "cudnn":
+        implementation = None
     if len(keys) > 1 and (causal or lengths is not None):
         raise ValueError("several key arrays are joined without masks; concatenate them instead")
     if len(keys) > 1 and (implementation or choose(q, keys[0])) == "cudnn":
@@ -76,10 +83,9 @@ def attend(
         keys, values = [jnp.concatenate(keys, axis=1)], [jnp.concatenate(values, axis=1)]
     parts = []
     for k, v in zip(keys, values, strict=True):
-        name = implementation or choose(q, k)
-        parts.append(
-            IMPLEMENTATIONS[name](q, k, v, causal=causal, lengths=lengths, residual=len(keys) > 1)
-        )
+        run = IMPLEMENTATIONS[implementation or choose(q, k, offset is not None)]
+        masks = {"causal": causal, "lengths": lengths, "offset": offset}
+        parts.append(run(q, k, v, **masks, residual=len(keys) > 1))
     return parts[0][0] if len(parts) == 1 else join(parts).astype(q.dtype)
 
 

@@ -17,7 +17,7 @@ def block_rows(b: int, length: int, heads: int, keys: int) -> int:
     return rows
 
 
-def attention(q, k, v, *, causal=False, lengths=None, residual=False):
+def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None).
 
     The backward pass recomputes each block's scores, so nothing of size l x m is ever kept. On
@@ -35,14 +35,15 @@ def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
     queries = einops.rearrange(padded, "b (n l) (g r) k -> n (b g) (r l) k", n=blocks, g=groups)
     real = None if lengths is None else jnp.repeat(lengths, groups)
+    first = None if offset is None else jnp.repeat(offset, groups)
 
-    def head(index, part, keys, values, count):
+    def head(index, part, keys, values, count, start):
         scores = jnp.matmul(part, keys.astype(k.dtype).T, preferred_element_type=wide)
         scores = scores * width**-0.5
         if count is not None:
             scores = jnp.where(places < count, scores, -jnp.inf)
         if causal:
-            row = index * rows + jnp.arange(part.shape[0]) % rows
+            row = index * rows + jnp.arange(part.shape[0]) % rows + (0 if start is None else start)
             scores = jnp.where(places <= row[:, None], scores, -jnp.inf)
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - top)
@@ -56,7 +57,7 @@ def attention(q, k, v, *, causal=False, lengths=None, residual=False):
     def block(args):
         index, part = args
         one = lambda operands: head(index, *operands)
-        operands = (part, k_sum, v_sum, real)
+        operands = (part, k_sum, v_sum, real, first)
         return jax.lax.map(one, operands) if cpu else jax.vmap(one)(operands)
 
     out, lse = jax.lax.map(block, (jnp.arange(blocks), queries))

@@ -10,7 +10,7 @@ def supports(q) -> bool:
     return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def attention(q, k, v, *, causal=False, lengths=None, residual=False):
+def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=False):
     """Return (output (b, l, h, k), None).
 
     Lengths go to the kernel as lengths: a boolean mask would become a dense bias.
@@ -25,6 +25,8 @@ def attention(q, k, v, *, causal=False, lengths=None, residual=False):
         )
     if residual:
         raise ValueError("cudnn attention has no residual here; concatenate the keys instead")
+    if offset is not None:
+        raise ValueError("cudnn attention has no offset here; use blocked or reference")
     out = jax.nn.dot_product_attention(
         q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
     )
