@@ -32,6 +32,21 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/(self_attn/o_proj|mlp/down_proj)/kernel$", P(None, "tensor", "fsdp")),
     (r"embed_tokens/embedding$", P(None, "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
+    # Qwen3 prepared for serving, one layer a leaf: d, g, parts of a group, k; d, part, f
+    (r"layers_\d+/self_attn/qkv_proj/kernel$", P("fsdp", "tensor", None, None)),
+    (r"layers_\d+/mlp/gate_up_proj/kernel$", P("fsdp", None, "tensor")),
+    (r"layers_\d+/(self_attn/o_proj|mlp/down_proj)/kernel$", P("tensor", "fsdp")),
+    # Qwen3-VL's vision tower: layer, d, part, heads, k; mergers: d, cell width
+    (r"visual/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
+    (r"visual/blocks/attn/qkv/bias$", P(None, None, "tensor", None)),
+    (r"visual/blocks/mlp/linear_fc1/kernel$", P(None, "fsdp", "tensor")),
+    (r"visual/blocks/(attn/proj|mlp/linear_fc2)/kernel$", P(None, "tensor", "fsdp")),
+    (r"visual/deepstack_merger_list/linear_fc1/kernel$", P(None, "fsdp", "tensor")),
+    (r"visual/deepstack_merger_list/linear_fc2/kernel$", P(None, "tensor", "fsdp")),
+    (r"visual/merger/linear_fc1/kernel$", P("fsdp", "tensor")),
+    (r"visual/merger/linear_fc2/kernel$", P("tensor", "fsdp")),
+    (r"visual/patch_embed/kernel$", P(None, None, None, None, "fsdp")),
+    (r"visual/pos_embed/embedding$", P(None, "fsdp")),
     # the VAE is small; adapters and norms are smaller
     (r"^(encoder|decoder|quant_conv|post_quant_conv|bn)/", P()),
     (r"/(a|b|scale|bias)$", P()),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.tree import layer_path
-from conversion.components import Component, recognise
+from conversion.components import KINDS, Component, recognise
 from conversion.sources import MappedSource, OrbaxSource, leaves
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
@@ -130,9 +130,11 @@ def _explain(component: Component, found: Mapping[str, Any], result: Check) -> N
     if not found:
         result.notes.append(f"{component.path} holds no tensors")
     elif other and other != (component.name, component.layout):
+        looks = KINDS[other[0]].layout_name(other[1])
+        expected = component.kind.layout_name(component.layout)
         result.notes.append(
-            f"{component.path} looks like a {other[0]} in {other[1]} layout, expected a "
-            f"{component.name} in {component.layout} layout"
+            f"{component.path} looks like a {other[0]} in {looks} layout, expected a "
+            f"{component.name} in {expected} layout"
         )
 
 

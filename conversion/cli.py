@@ -7,17 +7,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-_COMPONENTS = ("transformer", "vae", "text_encoder")
+_COMPONENTS = ("transformer", "vae", "text_encoder", "vlm")
 _DESCRIPTION = """\
-Convert FLUX.2 klein checkpoints, both ways.
+Convert checkpoints of FLUX.2 klein, Qwen3 and Qwen3-VL, both ways.
 
-SOURCE is a diffusers folder, a folder converted here, one component's folder, a single file in
-BFL's layout (ComfyUI's too), or a repository id on the Hugging Face hub.
+SOURCE is a diffusers folder, a transformers folder, a folder converted here, one component's
+folder, a single file in BFL's layout (ComfyUI's too), or a repository id on the Hugging Face hub.
 
   python -m conversion black-forest-labs/FLUX.2-klein-4B weights/klein_4b
   python -m conversion flux-2-klein-4b.safetensors weights/mine --base=weights/klein_4b
   python -m conversion weights/klein_4b exported --to=diffusers
   python -m conversion weights/klein_4b exported.safetensors --to=bfl --components=transformer
+  python -m conversion Qwen/Qwen3-VL-8B-Instruct weights/qwen3_vl_8b
+  python -m conversion weights/qwen3_vl_8b exported --to=transformers
   python -m conversion inspect SOURCE
 """
 
@@ -84,8 +86,9 @@ def _parser(inspecting: bool) -> argparse.ArgumentParser:
         parser.add_argument("target", metavar="TARGET", type=Path, help="what to create")
         parser.add_argument(
             "--to",
-            choices=("orbax", "diffusers", "bfl"),
-            help="layout to write (default: orbax; diffusers if SOURCE was converted here)",
+            choices=("orbax", "diffusers", "transformers", "bfl"),
+            help="layout to write; folders of diffusers and of transformers are alike, the latter "
+            "hold text_encoder and vlm (default: orbax; diffusers if SOURCE was converted here)",
         )
         parser.add_argument(
             "--dtype",
@@ -97,7 +100,7 @@ def _parser(inspecting: bool) -> argparse.ArgumentParser:
             type=_positive,
             default=5.0,
             metavar="GB",
-            help="size of safetensors files in a diffusers folder (default: 5)",
+            help="size of safetensors files in a folder (default: 5)",
         )
     parser.add_argument(
         "--components",

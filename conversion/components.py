@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder: configs, parameter shapes and rule tables of each."""
+"""The kinds of model: configs, parameter shapes and rule tables of each."""
 
 import dataclasses
 import functools
@@ -9,7 +9,8 @@ from typing import Any
 
 from clvr_jax.models.flux2 import config as flux2_config
 from clvr_jax.models.qwen3 import config as qwen3_config
-from conversion import flux2, qwen3, vae
+from clvr_jax.models.qwen3_vl import config as qwen3_vl_config
+from conversion import flux2, qwen3, qwen3_vl, vae
 from conversion.rules import Table
 
 
@@ -23,7 +24,9 @@ class Kind:
       table: rule table of a config in a layout, "diffusers" or "bfl".
       stacked: roots of its tree with a layer axis.
       stem: name of its safetensors files in a diffusers folder.
+      variants: named sizes.
       layouts: file layouts that exist for it.
+      library: whose folders "diffusers" stands for, since transformers' have the same layout.
     """
 
     from_json: Callable[[Mapping[str, Any]], Any]
@@ -31,7 +34,13 @@ class Kind:
     table: Callable[[Any, str], Table]
     stacked: tuple[str, ...]
     stem: str
+    variants: Mapping[str, Any]
     layouts: tuple[str, ...] = ("diffusers", "bfl")
+    library: str = "diffusers"
+
+    def layout_name(self, layout: str) -> str:
+        """Return what reports call a layout."""
+        return self.library if layout == "diffusers" else layout
 
 
 KINDS = {
@@ -41,6 +50,7 @@ KINDS = {
         lambda cfg, layout: {"diffusers": flux2.DIFFUSERS, "bfl": flux2.BFL}[layout],
         flux2_config.STACKED,
         "diffusion_pytorch_model",
+        flux2_config.TRANSFORMER_VARIANTS,
     ),
     "vae": Kind(
         flux2_config.vae_from_json,
@@ -48,6 +58,7 @@ KINDS = {
         vae.table,
         (),
         "diffusion_pytorch_model",
+        flux2_config.VAE_VARIANTS,
     ),
     "text_encoder": Kind(
         qwen3_config.from_json,
@@ -55,9 +66,25 @@ KINDS = {
         lambda cfg, layout: qwen3.TIED if cfg.tied else qwen3.UNTIED,
         qwen3_config.STACKED,
         "model",
+        qwen3_config.VARIANTS,
         layouts=("diffusers",),
+        library="transformers",
+    ),
+    "vlm": Kind(
+        qwen3_vl_config.from_json,
+        qwen3_vl_config.to_json,
+        lambda cfg, layout: qwen3_vl.table(cfg),
+        qwen3_vl_config.STACKED,
+        "model",
+        qwen3_vl_config.VARIANTS,
+        layouts=("diffusers",),
+        library="transformers",
     ),
 }
+
+
+# a tokenizer's and a processor's files, where they lie beside the weights
+_SMALL = ("*.json", "merges.txt", "*.jinja")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +92,8 @@ class Component:
     """One component that was found.
 
     Attributes:
-      name: transformer, vae or text_encoder.
-      layout: "orbax", "diffusers" (transformers for the text encoder) or "bfl".
+      name: transformer, vae, text_encoder or vlm.
+      layout: "orbax", "diffusers" (a folder of diffusers or transformers) or "bfl".
       path: the folder or file with its tensors.
       config: its sizes.
       text: its config.json as found, empty where none was.
@@ -91,11 +118,7 @@ class Component:
     @property
     def variant(self) -> str:
         """Name of its sizes, or "other sizes"."""
-        named = {
-            "transformer": flux2_config.TRANSFORMER_VARIANTS,
-            "vae": flux2_config.VAE_VARIANTS,
-            "text_encoder": qwen3_config.VARIANTS,
-        }[self.name]
+        named = self.kind.variants
         return next((name for name, cfg in named.items() if cfg == self.config), "other sizes")
 
     def abstract(self, dtype: Any = "float32") -> dict[str, Any]:
@@ -123,21 +146,37 @@ class Component:
     def config_text(self, dtype: str | None = None) -> str:
         """Return its config.json, as found or written anew, naming `dtype` if the found one did."""
         values = json.loads(self.text) if self.text else self.kind.to_json(self.config)
-        renamed = [key for key in ("dtype", "torch_dtype") if dtype and key in values]
-        if self.text and not renamed:
+        renamed = _with_dtype(values, dtype) if dtype else values
+        if self.text and renamed == values:
             return self.text
-        return json.dumps(values | dict.fromkeys(renamed, dtype), indent=2) + "\n"
+        return json.dumps(renamed, indent=2) + "\n"
 
     def small_files(self) -> list[Path]:
-        """Return the other JSON files of its folder, e.g. generation_config.json."""
-        if self.layout == "bfl" or self.path.is_file():
+        """Return what lies beside config.json and is no tensor.
+
+        Other JSON files, e.g. generation_config.json; vocabulary and chat templates.
+        """
+        if self.layout == "bfl":
             return []
-        folder = self.path.parent if self.layout == "orbax" else self.path
+        inside = self.layout == "orbax" or self.path.is_file()
+        folder = self.path.parent if inside else self.path
         return [
             file
-            for file in sorted(folder.glob("*.json"))
+            for pattern in _SMALL
+            for file in sorted(folder.glob(pattern))
             if file.name != "config.json" and not file.name.endswith(".index.json")
         ]
+
+
+def _with_dtype(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Replace the type where a config and its parts name one."""
+    out = {}
+    for key, value in values.items():
+        named = key in ("dtype", "torch_dtype")
+        out[key] = dtype if named else value
+        if isinstance(value, Mapping):
+            out[key] = _with_dtype(value, dtype)
+    return out
 
 
 @functools.lru_cache(maxsize=32)
@@ -146,9 +185,14 @@ def _abstract(name: str, config: Any, dtype: Any) -> dict[str, Any]:
         from clvr_jax.models.flux2 import transformer as model
     elif name == "vae":
         from clvr_jax.models.flux2 import vae as model
+    elif name == "vlm":
+        from clvr_jax.models.qwen3_vl import model
     else:
-        from clvr_jax.models.qwen3 import decoder as model
+        from clvr_jax.models.qwen3 import language as model
     return model.abstract_params(config, dtype)
+
+
+_DEEPSTACK = ("model.visual.deepstack_merger_list.0.", "visual.deepstack_merger_list.0.")
 
 
 def recognise(names: Any) -> tuple[str, str] | None:
@@ -158,6 +202,8 @@ def recognise(names: Any) -> tuple[str, str] | None:
         ("transformer", "diffusers"): "transformer_blocks.0.",
         ("vae", "bfl"): "encoder.down.0.",
         ("vae", "diffusers"): "encoder.down_blocks.0.",
+        # before the text encoder, whose names its decoder may have
+        ("vlm", "diffusers"): _DEEPSTACK,
         ("text_encoder", "diffusers"): "model.layers.0.",
     }
     for found, start in signatures.items():

@@ -41,7 +41,8 @@ class Options:
     Attributes:
       source: a path or a repository id.
       target: folder or file to create.
-      to: "orbax", "diffusers" or "bfl"; None for orbax, or diffusers from a converted folder.
+      to: "orbax", "bfl", or a folder: "diffusers" of all components, "transformers" of those that
+        transformers loads; None for orbax, or diffusers from a converted folder.
       components: those to convert; None for all that are found.
       dtype: type to write; None keeps each tensor's.
       allow_unexpected: regular expression of tensors that may be left behind.
@@ -75,6 +76,7 @@ def convert(options: Options, progress: Progress) -> list[ComponentReport]:
     converted = any(part.layout == "orbax" for part in found.components.values())
     to = options.to or ("diffusers" if converted else "orbax")
     chosen = _chosen(found, to, options)
+    to = "diffusers" if to == "transformers" else to  # folders of one layout
     check_together(chosen)
     with contextlib.ExitStack() as stack:
         sources = {}
@@ -156,7 +158,8 @@ def examine(
     reports = []
     for name, component in chosen.items():
         result = check(component, sources[name], options.allow_unexpected)
-        layouts = f"{component.layout} -> {to}" if to else component.layout
+        layouts = component.kind.layout_name(component.layout)
+        layouts += f" -> {component.kind.layout_name(to)}" if to else ""
         abstract = component.abstract()
         report = ComponentReport(name, component.path, layouts, result, count(abstract), "-")
         if result.ok:
@@ -229,7 +232,7 @@ def _chosen(found: Found, to: str, options: Options) -> dict[str, Component]:
     single = options.target.suffix == ".safetensors"
     if single and to != "bfl":
         raise ValueError(f"{options.target} is a file name, {to} writes a folder")
-    possible = [n for n, kind in KINDS.items() if to == "orbax" or to in kind.layouts]
+    possible = [n for n, kind in KINDS.items() if to in ("orbax", kind.library, *kind.layouts)]
     wanted = options.components or [n for n in possible if n in found.components]
     impossible = [name for name in wanted if name not in possible]
     if impossible:

@@ -1,4 +1,4 @@
-"""What is at a path: a pipeline folder (diffusers' or ours), a component, files, a hub id."""
+"""What is at a path: a pipeline folder (diffusers' or ours), a model, files, a hub id."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def find(
 
     Raises:
       FileNotFoundError: nothing is there, or a part that it names is missing.
-      ValueError: what is there is no klein checkpoint, or a config.json is not understood.
+      ValueError: what is there is no known model, or a config.json is not understood.
       hub.HubError: a repository could not be had.
     """
     path = Path(source)
@@ -64,7 +64,7 @@ def find(
         if not hub.is_repo_id(str(source)):
             raise FileNotFoundError(
                 f"{source} does not exist; expected a folder, a .safetensors file or a repository "
-                "id such as black-forest-labs/FLUX.2-klein-4B"
+                "id such as black-forest-labs/FLUX.2-klein-4B or Qwen/Qwen3-VL-8B-Instruct"
             )
         path = hub.download(str(source), list(wanted or KINDS))
     if path.is_file():
@@ -153,12 +153,19 @@ def _component(folder: Path, name: str | None = None) -> Component:
 
 
 def _name_of(values: Mapping[str, Any], file: Path) -> str:
-    classes = {"Flux2Transformer2DModel": "transformer", "AutoencoderKLFlux2": "vae"}
+    """The component whose config.json this is; the names of classes and folders do not matter."""
+    models = {
+        "Flux2Transformer2DModel": "transformer",
+        "AutoencoderKLFlux2": "vae",
+        "qwen3": "text_encoder",
+        "qwen3_vl": "vlm",
+        "qwen3_vl_moe": "vlm",  # refused there, with the reason
+    }
     found = values.get("_class_name") or values.get("model_type")
-    name = {**classes, "qwen3": "text_encoder"}.get(found)
-    if name is None:
-        raise ValueError(f"{file}: the model is {found!r}; expected {', '.join(classes)} or qwen3")
-    return name
+    if found not in models:
+        known = ", ".join(list(models)[:3])
+        raise ValueError(f"{file}: the model is {found!r}; expected {known} or qwen3_vl")
+    return models[found]
 
 
 def _single_file(path: Path, base: Found | None) -> Component:
@@ -168,8 +175,8 @@ def _single_file(path: Path, base: Found | None) -> Component:
     if found is None:
         shown = ", ".join(sorted(shapes)[:3]) or "no tensors"
         raise ValueError(
-            f"{path} is no FLUX.2 transformer, FLUX.2 VAE or Qwen3 in a known layout; it holds "
-            f"{shown}{', ...' if len(shapes) > 3 else ''}"
+            f"{path} is no FLUX.2 transformer, FLUX.2 VAE, Qwen3 or Qwen3-VL in a known layout; it "
+            f"holds {shown}{', ...' if len(shapes) > 3 else ''}"
         )
     name, layout = found
     if (path.parent / "config.json").exists():

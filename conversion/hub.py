@@ -6,7 +6,8 @@ from pathlib import Path
 
 _REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SHARED = ("model_index.json", "clvr.json", "*/config.json", "tokenizer/*", "scheduler/*")
-_SINGLE = ("config.json", "*.safetensors", "*.safetensors.index.json")
+# a model on its own: weights, configs and, of a language model, tokenizer and processor
+_SINGLE = ("*.safetensors", "*.json", "merges.txt", "*.jinja")
 
 
 class HubError(OSError):
@@ -21,7 +22,7 @@ def is_repo_id(text: str) -> bool:
 def download(repo_id: str, components: Sequence[str]) -> Path:
     """Return the local folder of a repository with the chosen components; cached files are reused.
 
-    A repository without model_index.json is fetched for its safetensors files instead.
+    A repository without model_index.json is one model: its weights and small files are fetched.
 
     Raises:
       HubError: gated, missing, or not cached while the hub is out of reach.

@@ -7,24 +7,42 @@ LINEAR = "o i -> i o"
 HEADS = "(h k) i -> i h k"
 SCALE = "d -> d"
 
-_LAYER = "model.layers.{layer}."
-_RULES = (
-    Rule("model.embed_tokens.weight", "embed_tokens/embedding", "v d -> v d"),
-    Rule(_LAYER + "self_attn.q_proj.weight", "layers/self_attn/q_proj/kernel", HEADS),
-    Rule(_LAYER + "self_attn.k_proj.weight", "layers/self_attn/k_proj/kernel", HEADS),
-    Rule(_LAYER + "self_attn.v_proj.weight", "layers/self_attn/v_proj/kernel", HEADS),
-    Rule(_LAYER + "self_attn.o_proj.weight", "layers/self_attn/o_proj/kernel", LINEAR),
-    Rule(_LAYER + "self_attn.q_norm.weight", "layers/self_attn/q_norm/scale", SCALE),
-    Rule(_LAYER + "self_attn.k_norm.weight", "layers/self_attn/k_norm/scale", SCALE),
-    Rule(_LAYER + "mlp.gate_proj.weight", "layers/mlp/gate_proj/kernel", LINEAR),
-    Rule(_LAYER + "mlp.up_proj.weight", "layers/mlp/up_proj/kernel", LINEAR),
-    Rule(_LAYER + "mlp.down_proj.weight", "layers/mlp/down_proj/kernel", LINEAR),
-    Rule(_LAYER + "input_layernorm.weight", "layers/input_layernorm/scale", SCALE),
-    Rule(
-        _LAYER + "post_attention_layernorm.weight", "layers/post_attention_layernorm/scale", SCALE
-    ),
-    Rule("model.norm.weight", "norm/scale", SCALE),
-)
 
-UNTIED = Table((*_RULES, Rule("lm_head.weight", "lm_head/kernel", LINEAR)), STACKED)
-TIED = Table(_RULES, STACKED, (Extra("lm_head.weight", same_as="model.embed_tokens.weight"),))
+def rules(theirs: str = "model.", ours: str = "") -> tuple[Rule, ...]:
+    """Return the rules of a decoder whose names begin with `theirs` in files and `ours` here."""
+    layer, layers = theirs + "layers.{layer}.", f"{ours}layers/"
+    plain = {
+        "self_attn.q_proj": ("kernel", HEADS),
+        "self_attn.k_proj": ("kernel", HEADS),
+        "self_attn.v_proj": ("kernel", HEADS),
+        "self_attn.o_proj": ("kernel", LINEAR),
+        "self_attn.q_norm": ("scale", SCALE),
+        "self_attn.k_norm": ("scale", SCALE),
+        "mlp.gate_proj": ("kernel", LINEAR),
+        "mlp.up_proj": ("kernel", LINEAR),
+        "mlp.down_proj": ("kernel", LINEAR),
+        "input_layernorm": ("scale", SCALE),
+        "post_attention_layernorm": ("scale", SCALE),
+    }
+    return (
+        Rule(f"{theirs}embed_tokens.weight", f"{ours}embed_tokens/embedding", "v d -> v d"),
+        *(
+            Rule(f"{layer}{name}.weight", f"{layers}{name.replace('.', '/')}/{leaf}", pattern)
+            for name, (leaf, pattern) in plain.items()
+        ),
+        Rule(f"{theirs}norm.weight", f"{ours}norm/scale", SCALE),
+    )
+
+
+def head(ours: str = "") -> Rule:
+    """Return the rule of an untied head."""
+    return Rule("lm_head.weight", f"{ours}lm_head/kernel", LINEAR)
+
+
+def tied_head(theirs: str = "model.") -> Extra:
+    """Return what a tied head is: absent, or the embedding again."""
+    return Extra("lm_head.weight", same_as=f"{theirs}embed_tokens.weight")
+
+
+UNTIED = Table((*rules(), head()), STACKED)
+TIED = Table(rules(), STACKED, (tied_head(),))

@@ -78,6 +78,7 @@ class Table:
       stacked: roots of our tree whose leaves carry a leading layer axis.
       extras: tensors outside our tree that are accepted.
       prefixes: what files may put before every name.
+      spellings: pairs of what some files begin a name with, and what the rules do.
 
     Raises:
       TableError: a source or a target occurs twice.
@@ -87,6 +88,7 @@ class Table:
     stacked: tuple[str, ...] = ()
     extras: tuple[Extra, ...] = ()
     prefixes: tuple[str, ...] = ()
+    spellings: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self):
         sources = [s for rule in self.rules for s in rule.sources] + [e.name for e in self.extras]

@@ -58,7 +58,7 @@ class MappedSource:
     def __init__(self, reader: SafetensorsReader, table: Table, abstract: Mapping[str, Any]):
         self.reader, self.path = reader, reader.path
         self.bound = Bound(table, abstract)
-        self.names = strip(reader.tensors, table.prefixes)
+        self.names = strip(reader.tensors, table.prefixes, table.spellings)
 
     def read(self, path: str, layer: int | None) -> Lazy:
         """Return a leaf; see `Source`."""
@@ -198,16 +198,20 @@ def fingerprint(
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:12]
 
 
-def strip(names: Any, prefixes: tuple[str, ...]) -> dict[str, str]:
-    """Return {name without its prefix: name}.
+def strip(
+    names: Any, prefixes: tuple[str, ...], spellings: tuple[tuple[str, str], ...] = ()
+) -> dict[str, str]:
+    """Return {name without its prefix and as the rules spell it: name}.
 
     Raises:
-      ValueError: two names are the same without prefix.
+      ValueError: two names come to the same.
     """
     stripped: dict[str, str] = {}
     for name in names:
         prefix = next((p for p in prefixes if name.startswith(p)), "")
         short = name[len(prefix) :]
+        theirs, ours = next((s for s in spellings if short.startswith(s[0])), ("", ""))
+        short = ours + short[len(theirs) :]
         if short in stripped:
             raise ValueError(f"{name} and {stripped[short]} are the same tensor under two names")
         stripped[short] = name

@@ -23,6 +23,7 @@ from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.layers import unstack
 from clvr_jax.models.qwen3 import config as qwen3
 from clvr_jax.models.qwen3 import decoder as qwen3_decoder
+from clvr_jax.models.qwen3 import language
 from clvr_jax.tree import count, flatten
 from clvr_jax.typing import Params
 from conversion import detect
@@ -110,7 +111,7 @@ def abstract(nets: Networks, dtype: Any) -> dict[str, Params]:
     return {
         "transformer": flux2_transformer.abstract_params(nets.transformer.cfg, dtype),
         "vae": flux2_vae.abstract_params(nets.vae.cfg, dtype),
-        "text_encoder": qwen3_decoder.abstract_params(nets.text_encoder.cfg, dtype, head=False),
+        "text_encoder": language.abstract_params(nets.text_encoder.cfg, dtype, head=False),
     }
 
 

@@ -1,9 +1,9 @@
-"""Write a random toy klein in diffusers' layout, to try every command without weights.
+"""Write a random toy klein or Qwen3-VL, to try every command without weights.
 
-  python -m launch.toy OUT [--seed=0]
+  python -m launch.toy OUT [--model=klein|vlm] [--seed=0]
 
-The folder has the shape of a released one (transformer, VAE, text encoder, tokenizer, scheduler)
-at toy width, and diffusers loads it. Its weights are random: its pictures are noise by nature.
+The folder has the shape of a released one at toy width, and diffusers or transformers loads it.
+Its weights are random: its pictures are noise and its words are gibberish by nature.
 """
 
 import dataclasses
@@ -18,8 +18,27 @@ from absl import app, flags
 from launch.runtime import run
 
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights")
+_MODEL = flags.DEFINE_enum("model", "klein", ["klein", "vlm"], "what to write")
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+SEEING = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+VLM_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# a picture of any size is resized to 4096 to 65536 pixels: 4 to 64 tokens
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessorFast",
+    "patch_size": 16,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "size": {"shortest_edge": 4096, "longest_edge": 65536},
+}
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n"
@@ -53,7 +72,7 @@ def main(argv) -> None:
     """Write the folder that the command line names."""
     if len(argv) != 2:
         raise app.UsageError("give one folder to write: python -m launch.toy OUT")
-    write(Path(argv[1]), _SEED.value)
+    (write if _MODEL.value == "klein" else write_vlm)(Path(argv[1]), _SEED.value)
     print(argv[1])
 
 
@@ -89,6 +108,85 @@ def write(out: Path, seed: int = 0) -> None:
     os.replace(partial, out)
 
 
+def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
+    """Write a toy Qwen3-VL in transformers' layout, aside and then renamed.
+
+    Args:
+      out: the folder.
+      seed: of the weights.
+      sizes: fields of the language half's config other than the tiny ones.
+
+    Raises:
+      FileExistsError: `out` exists.
+    """
+    import numpy as np
+
+    from clvr_jax.models.qwen3_vl import config
+    from clvr_jax.models.qwen3_vl.model import abstract_params
+    from clvr_jax.tree import flatten, unflatten
+    from conversion.components import Component
+    from conversion.sinks import write_mapped
+    from conversion.sources import TreeSource
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE)
+    special = lambda token: tokenizer.convert_tokens_to_ids(token)
+    tiny = config.VARIANTS["tiny"]
+    text = dataclasses.replace(tiny.text, **sizes)
+    cfg = dataclasses.replace(
+        tiny,
+        text=text,
+        vision=dataclasses.replace(tiny.vision, out_width=text.width),
+        image_token=special("<|image_pad|>"),
+        video_token=special("<|video_pad|>"),
+        vision_start=special("<|vision_start|>"),
+        vision_end=special("<|vision_end|>"),
+    )
+    rng = np.random.default_rng(seed)
+    layered = lambda path: path.startswith(tuple(f"{root}/" for root in config.STACKED))
+    tree = unflatten(
+        {
+            path: _draw(rng, path, leaf.shape, layered(path))
+            for path, leaf in flatten(abstract_params(cfg)).items()
+        }
+    )
+    component = Component("vlm", "diffusers", partial, cfg)
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text(component.config_text())
+    (partial / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+    stops = [special("<|im_end|>"), special("<|endoftext|>")]
+    generation = {"do_sample": True, "temperature": 0.7, "eos_token_id": stops}
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
+    write_mapped(
+        partial,
+        TreeSource(tree),
+        component.table("diffusers"),
+        component.abstract(),
+        stem=component.kind.stem,
+    )
+    tokenizer.save_pretrained(partial)
+    os.replace(partial, out)
+
+
+def _draw(rng: Any, path: str, shape: tuple[int, ...], layered: bool) -> Any:
+    """Random numbers of a leaf, such that activations stay of order one."""
+    import numpy as np
+
+    own = shape[1:] if layered else shape
+    if path.endswith(("scale", "var")):
+        return rng.uniform(0.8, 1.2, shape).astype(np.float32)
+    if len(own) < 2 or path.endswith("bias"):
+        return (0.1 * rng.standard_normal(shape)).astype(np.float32)
+    convolution = "patch_embed" in path or (len(own) == 4 and "blocks" not in path)
+    fan_in = np.prod(own[:-1]) if convolution else own[0]
+    if path.endswith("embedding"):
+        fan_in = 1
+    return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+
+
 def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
     """Return (config, parameter tree of numpy arrays) of each component at toy width."""
     import numpy as np
@@ -96,7 +194,7 @@ def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
     from clvr_jax.models.flux2 import config as flux2
     from clvr_jax.models.flux2 import transformer, vae
     from clvr_jax.models.qwen3 import config as qwen3
-    from clvr_jax.models.qwen3 import decoder
+    from clvr_jax.models.qwen3 import language
     from clvr_jax.tree import flatten, unflatten
 
     rng = np.random.default_rng(seed)
@@ -104,22 +202,11 @@ def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
     dit, autoencoder = flux2.TRANSFORMER_VARIANTS["tiny"], flux2.VAE_VARIANTS["tiny"]
     stacked = {"transformer": flux2.STACKED, "vae": (), "text_encoder": qwen3.STACKED}
 
-    def draw(path: str, shape: tuple[int, ...], layered: bool):
-        own = shape[1:] if layered else shape
-        if path.endswith(("scale", "var")):
-            return rng.uniform(0.8, 1.2, shape).astype(np.float32)
-        if len(own) < 2:
-            return (0.1 * rng.standard_normal(shape)).astype(np.float32)
-        fan_in = np.prod(own[:-1]) if len(own) == 4 and "blocks" not in path else own[0]
-        if path.endswith("embedding"):
-            fan_in = 1
-        return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
-
     def fill(name: str, abstract):
-        flat = flatten(abstract)
+        flat, roots = flatten(abstract), stacked[name]
         return unflatten(
             {
-                path: draw(path, leaf.shape, path.startswith(tuple(r + "/" for r in stacked[name])))
+                path: _draw(rng, path, leaf.shape, path.startswith(tuple(f"{r}/" for r in roots)))
                 for path, leaf in flat.items()
             }
         )
@@ -127,12 +214,12 @@ def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
     return {
         "transformer": (dit, fill("transformer", transformer.abstract_params(dit))),
         "vae": (autoencoder, fill("vae", vae.abstract_params(autoencoder))),
-        "text_encoder": (text, fill("text_encoder", decoder.abstract_params(text))),
+        "text_encoder": (text, fill("text_encoder", language.abstract_params(text))),
     }
 
 
-def byte_tokenizer():
-    """Return a tokenizer of single bytes with Qwen's special tokens and chat format."""
+def byte_tokenizer(special: tuple[str, ...] = SPECIAL, template: str = CHAT_TEMPLATE):
+    """Return a tokenizer of single bytes with Qwen's special tokens and a chat format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -140,13 +227,13 @@ def byte_tokenizer():
     core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(list(SPECIAL))
+    core.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
-        pad_token=SPECIAL[0],
-        eos_token=SPECIAL[2],
+        pad_token=special[0],
+        eos_token=special[2],
         padding_side="right",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
     )
 
 

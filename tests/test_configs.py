@@ -8,7 +8,7 @@ from clvr_jax import tree
 from clvr_jax.models.flux2 import config as flux2
 from clvr_jax.models.flux2 import transformer, vae
 from clvr_jax.models.qwen3 import config as qwen3
-from clvr_jax.models.qwen3 import decoder
+from clvr_jax.models.qwen3 import language
 
 
 def test_exact_parameter_counts():
@@ -19,7 +19,7 @@ def test_exact_parameter_counts():
     autoencoder = lambda name: tree.count(vae.abstract_params(flux2.VAE_VARIANTS[name]))
     assert autoencoder("klein") == 84_046_115 + statistics
     assert autoencoder("small_decoder") == 62_373_091 + statistics
-    text = lambda name: tree.count(decoder.abstract_params(qwen3.VARIANTS[name]))
+    text = lambda name: tree.count(language.abstract_params(qwen3.VARIANTS[name]))
     assert text("qwen3_4b") == 4_022_468_096
     assert text("qwen3_8b") == 8_190_735_360
 
@@ -27,7 +27,7 @@ def test_exact_parameter_counts():
 def test_klein_needs_27_layers_of_the_text_encoder():
     for name, expected in {"qwen3_4b": 3_114_088_192, "qwen3_8b": 5_831_883_520}.items():
         cfg = dataclasses.replace(qwen3.VARIANTS[name], layers=27)
-        assert tree.count(decoder.abstract_params(cfg, head=False)) == expected
+        assert tree.count(language.abstract_params(cfg, head=False)) == expected
 
 
 READERS = {

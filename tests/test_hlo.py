@@ -8,7 +8,7 @@ from clvr_jax import parallel
 from clvr_jax.models.flux2 import transformer
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS
 from clvr_jax.models.flux2.layout import Layout
-from clvr_jax.models.qwen3 import decoder
+from clvr_jax.models.qwen3 import decoder, language
 from clvr_jax.models.qwen3.config import VARIANTS
 from launch import hlo
 
@@ -65,7 +65,7 @@ def test_a_tensor_parallel_text_layer_reduces_twice():
     net = decoder.Decoder(cfg)
     function = lambda params, ids, lengths: net.apply({"params": params}, ids, lengths)
     inputs = jnp.zeros((1, 8), jnp.int32), jnp.ones(1, jnp.int32)
-    program = compiled(function, decoder.abstract_params(cfg), *inputs, mesh=mesh)
+    program = compiled(function, language.abstract_params(cfg), *inputs, mesh=mesh)
     (body,) = program.loops().values()
     assert hlo.collectives(body) == {"all-reduce": 2}
 

@@ -12,7 +12,7 @@ from clvr_jax import parallel
 from clvr_jax.models.flux2 import transformer, vae
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS, VAE_VARIANTS
 from clvr_jax.models.flux2.layout import Layout
-from clvr_jax.models.qwen3 import decoder
+from clvr_jax.models.qwen3 import decoder, language
 from clvr_jax.models.qwen3.config import STACKED, VARIANTS
 from clvr_jax.tree import flatten
 from launch.bench.weights import random_params
@@ -20,7 +20,7 @@ from launch.bench.weights import random_params
 TINY = TRANSFORMER_VARIANTS["tiny"]
 ABSTRACT = {
     "transformer": transformer.abstract_params(TINY),
-    "text_encoder": decoder.abstract_params(VARIANTS["tiny"]),
+    "text_encoder": language.abstract_params(VARIANTS["tiny"]),
     "vae": vae.abstract_params(VAE_VARIANTS["tiny"]),
 }
 

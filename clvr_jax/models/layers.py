@@ -54,6 +54,18 @@ class RMSNorm(nn.Module):
         return h.astype(x.dtype) * scale.astype(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Normalisation over the last axis with scale and bias, in float32, back to x's dtype."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:]).astype(jnp.float32)
+        return (layer_norm(x, self.eps) * scale + bias).astype(x.dtype)
+
+
 class GroupNorm(nn.Module):
     """Normalisation over space and channel groups, then scale and bias; float32, channels last."""
 

@@ -2,8 +2,9 @@
 
     python -m pytest -m slow -s tests/conversion/test_full_size.py
 
-klein 4B is whole: 24 GB in the temporary folder, minutes of time. Of klein 9B and Qwen3-8B, whose
-tensors are the largest, few layers are enough to find the peak of memory, which is one tensor's.
+klein 4B is whole: 24 GB in the temporary folder, minutes of time. Of klein 9B, Qwen3-8B and
+Qwen3-VL-8B, whose tensors are the largest, few layers are enough to find the peak of memory, which
+is one tensor's.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ import pytest
 
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS
 from clvr_jax.models.qwen3.config import VARIANTS
+from clvr_jax.models.qwen3_vl.config import VARIANTS as VLM_VARIANTS
 from clvr_jax.tree import count
 from clvr_jax.weights import SafetensorsReader, write_safetensors
 from conversion.rules import file_specs
@@ -49,6 +51,7 @@ def convert(*arguments: object) -> float:
     return float(re.search(r"peak host memory ([\d.]+) GiB", done.stdout)[1])
 
 
+VLM = VLM_VARIANTS["qwen3_vl_8b"]
 CASES = {
     "klein 4B": ("transformer", TRANSFORMER_VARIANTS["klein_4b"]),
     "klein 9B, few layers": (
@@ -56,6 +59,14 @@ CASES = {
         dataclasses.replace(TRANSFORMER_VARIANTS["klein_9b"], double_blocks=1, single_blocks=2),
     ),
     "Qwen3-8B, few layers": ("text_encoder", dataclasses.replace(VARIANTS["qwen3_8b"], layers=2)),
+    "Qwen3-VL-8B, few layers": (
+        "vlm",
+        dataclasses.replace(
+            VLM,
+            text=dataclasses.replace(VLM.text, layers=3),
+            vision=dataclasses.replace(VLM.vision, layers=3, deepstack=(0, 1, 2)),
+        ),
+    ),
 }
 
 

@@ -25,6 +25,8 @@ class Qwen3Config:
       eps: epsilon of every RMSNorm.
       tied: whether the output head is the embedding.
       max_positions: longest context the checkpoint declares.
+      mrope_section: frequencies that follow time, height and width in interleaved M-RoPE; None for
+        plain positions.
     """
 
     vocab: int
@@ -38,6 +40,7 @@ class Qwen3Config:
     eps: float
     tied: bool
     max_positions: int = 40960
+    mrope_section: tuple[int, int, int] | None = None
 
 
 VARIANTS = {
@@ -47,7 +50,7 @@ VARIANTS = {
 }
 
 # of config.json, what only training, generation or torch reads
-_UNUSED = (
+UNUSED = (
     "architectures",
     "attention_dropout",
     "bos_token_id",
@@ -79,39 +82,67 @@ def from_json(values: Mapping[str, Any]) -> Qwen3Config:
     Raises:
       ValueError: a field is missing, unknown, or asks for what this decoder does not do.
     """
-    fields = Fields("text_encoder/config.json", values)
+    fields = Fields("config.json", values)
     fields.expect("model_type", "qwen3")
-    fields.expect("hidden_act", "silu")
-    fields.expect("attention_bias", False)
     fields.expect("use_sliding_window", False)
     fields.expect("sliding_window", None)
-    layers = fields.take("num_hidden_layers")
-    fields.expect("layer_types", None, ("full_attention",) * layers)
-    rope = fields.take("rope_parameters", None)  # transformers 5
-    scaling = fields.take("rope_scaling", None)  # transformers 4
-    theta = fields.take("rope_theta", None)
-    for table in (rope, scaling):
-        kind = (table or {}).get("rope_type", "default")
-        if kind != "default":
-            raise ValueError(f"text_encoder/config.json: rope_type {kind!r} is not supported")
-    theta = theta if theta is not None else (rope or {}).get("rope_theta")
-    if theta is None:
-        raise ValueError("text_encoder/config.json has no rope_theta")
+    sizes = take_sizes(fields)
+    fields.expect("layer_types", None, ("full_attention",) * sizes["layers"])
+    theta, rope = take_rope(fields)
+    if rope:
+        raise ValueError(
+            f"{fields.name}: its rope parameters have fields unknown here: {sorted(rope)}"
+        )
     cfg = Qwen3Config(
-        vocab=fields.take("vocab_size"),
-        width=fields.take("hidden_size"),
-        layers=layers,
-        heads=fields.take("num_attention_heads"),
-        kv_heads=fields.take("num_key_value_heads"),
-        head_width=fields.take("head_dim"),
-        mlp_width=fields.take("intermediate_size"),
-        rope_theta=float(theta),
-        eps=float(fields.take("rms_norm_eps")),
+        **sizes,
+        rope_theta=theta,
         tied=fields.take("tie_word_embeddings"),
         max_positions=fields.take("max_position_embeddings", 40960),
     )
-    fields.done(ignore=_UNUSED)
+    fields.done(ignore=UNUSED)
     return cfg
+
+
+def take_sizes(fields: Fields) -> dict[str, Any]:
+    """Take the fields that every Qwen3 decoder has, as arguments of `Qwen3Config`.
+
+    Raises:
+      ValueError: a field is missing, or asks for what this decoder does not do.
+    """
+    fields.expect("hidden_act", "silu")
+    fields.expect("attention_bias", False)
+    return {
+        "vocab": fields.take("vocab_size"),
+        "width": fields.take("hidden_size"),
+        "layers": fields.take("num_hidden_layers"),
+        "heads": fields.take("num_attention_heads"),
+        "kv_heads": fields.take("num_key_value_heads"),
+        "head_width": fields.take("head_dim"),
+        "mlp_width": fields.take("intermediate_size"),
+        "eps": float(fields.take("rms_norm_eps")),
+    }
+
+
+def take_rope(fields: Fields) -> tuple[float, dict[str, Any]]:
+    """Take the rotary base, and what else the rope fields of transformers 4 or 5 hold.
+
+    Raises:
+      ValueError: no base is given, two differ, or positions are scaled.
+    """
+    table = {}
+    for field in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
+        table |= fields.take(field, None) or {}
+    for field in ("rope_type", "type"):
+        kind = table.pop(field, "default")
+        if kind != "default":
+            raise ValueError(f"{fields.name}: {field} {kind!r} is not supported")
+    outside = fields.take("rope_theta", None)
+    inside = table.pop("rope_theta", None)
+    if outside is None and inside is None:
+        raise ValueError(f"{fields.name} has no rope_theta")
+    if None not in (outside, inside) and outside != inside:
+        raise ValueError(f"{fields.name} has two values of rope_theta: {outside} and {inside}")
+    return float(inside if outside is None else outside), table
 
 
 def to_json(cfg: Qwen3Config) -> dict[str, Any]:

@@ -1,21 +1,47 @@
-"""The Qwen3 decoder as a text encoder: hidden states after chosen layers, nothing beyond them.
+"""Qwen3's layers, and its decoder as a text encoder: hidden states after chosen layers.
 
 Reference: transformers `modeling_qwen3.py`, and diffusers' `_get_qwen3_prompt_embeds` for klein.
+`language.py` is the same layers as a language model.
 """
+
+from typing import Any
 
 import einops
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.kernels.attention import attend
 from clvr_jax.models.layers import Linear, RMSNorm, stack
+from clvr_jax.models.qwen3.cache import KV, attend_cached
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.parallel import constrain
-from clvr_jax.typing import Array, Float, Int, Params, Tokens
+from clvr_jax.typing import Array, Float, Int, Tokens
 
 KLEIN_LAYERS = (9, 18, 27)  # hidden states that klein reads: after this many layers
+
+
+@struct.dataclass
+class Context:
+    """What every layer is given besides its input.
+
+    Attributes:
+      angles: rotary angles (rows, l, half), rows being b, or 1 for the same positions in every row.
+      lengths: real tokens of each right-padded row, or None where none is padding.
+      offset: tokens of each row that are cached already, with a cache.
+      wanted: layer counts after which the stream is kept (n, 1, 1, 1), or None.
+      deepstack: (n, b, l, d), entry i is added to the output of layer i, or None.
+      fresh: the cache holds nothing yet, so that only the new tokens are attended.
+    """
+
+    angles: Any
+    lengths: Any = None
+    offset: Any = None
+    wanted: Any = None
+    deepstack: Any = None
+    fresh: bool = struct.field(pytree_node=False, default=False)
 
 
 class Decoder(nn.Module):
@@ -56,20 +82,16 @@ class Decoder(nn.Module):
         c = self.cfg
         if not capture or list(capture) != sorted(set(capture)) or capture[-1] > c.layers:
             raise ValueError(f"capture {capture} must increase and stay within {c.layers} layers")
-        embedding = Embedding(c.vocab, c.width, name="embed_tokens")
-        x = constrain(embedding(ids), "batch", None, None)
-        angles = _angles(ids.shape[1], c)
-        wanted = jnp.asarray(capture)[:, None, None, None]
-        kept = jnp.zeros((len(capture), *x.shape), x.dtype)
-        layers = stack(
-            Layer,
-            c.layers,
-            (0, nn.broadcast, nn.broadcast, nn.broadcast),
-            scan=self.scan,
-            remat=self.remat,
+        x = constrain(Embedding(c.vocab, c.width, name="embed_tokens")(ids), "batch", None, None)
+        context = Context(
+            angles=angles(jnp.arange(ids.shape[1])[None], c),
+            lengths=lengths,
+            wanted=jnp.asarray(capture)[:, None, None, None],
         )
+        kept = jnp.zeros((len(capture), *x.shape), x.dtype)
+        layers = stack(Layer, c.layers, (0, nn.broadcast), scan=self.scan, remat=self.remat)
         (x, kept), _ = layers("layers", c, self.implementation)(
-            (x, kept), jnp.arange(1, c.layers + 1), angles, lengths, wanted
+            (x, kept), (jnp.arange(1, c.layers + 1), None), context
         )
         return einops.rearrange(kept, "n b s d -> b s (n d)")
 
@@ -87,20 +109,36 @@ class Embedding(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm attention and gated MLP; keeps the stream if its number is wanted."""
+    """Pre-norm attention and gated MLP; keeps the stream if its number is wanted.
+
+    The call takes ((stream, kept streams), (number from 1, cache of this layer or None), context)
+    and returns ((stream, kept), cache).
+
+    Attributes:
+      cfg: sizes.
+      implementation: attention implementation, None to choose.
+      fused: kernels that read the same input lie in one (`serving.prepare`).
+    """
 
     cfg: Qwen3Config
     implementation: str | None
+    fused: bool = False
 
     @nn.compact
-    def __call__(self, carry, number, angles, lengths, wanted):
-        x, kept = carry
+    def __call__(self, carry, layer, context: Context):
+        (x, kept), (number, cache) = carry, layer
         c = self.cfg
         h = RMSNorm(c.eps, name="input_layernorm")(x)
-        x = x + SelfAttention(c, self.implementation, name="self_attn")(h, angles, lengths)
+        attention = SelfAttention(c, self.implementation, self.fused, name="self_attn")
+        h, cache = attention(h, context, cache)
+        x = x + h
         h = RMSNorm(c.eps, name="post_attention_layernorm")(x)
-        x = constrain(x + Mlp(c, name="mlp")(h), "batch", None, None)
-        return (x, jnp.where(wanted == number, x, kept)), None
+        x = constrain(x + Mlp(c, self.fused, name="mlp")(h), "batch", None, None)
+        if context.wanted is not None:
+            kept = jnp.where(context.wanted == number, x, kept)
+        if context.deepstack is not None:  # after keeping: captured states are without it
+            x = x + _deepstack(context.deepstack, number)
+        return (x, kept), cache
 
 
 class SelfAttention(nn.Module):
@@ -108,68 +146,98 @@ class SelfAttention(nn.Module):
 
     cfg: Qwen3Config
     implementation: str | None
+    fused: bool = False
 
     @nn.compact
-    def __call__(self, x: Tokens, angles, lengths) -> Tokens:
+    def __call__(self, x: Tokens, context: Context, cache: KV | None) -> tuple[Tokens, KV | None]:
         c = self.cfg
+        q, k, v = self._heads(x)
+        q = rotate_half(RMSNorm(c.eps, name="q_norm")(q), context.angles)
+        k = rotate_half(RMSNorm(c.eps, name="k_norm")(k), context.angles)
+        if cache is not None:
+            cache = cache.write(k, v, context.offset)
+        if cache is None or context.fresh:
+            masks = {"causal": True, "lengths": context.lengths}
+            out = attend(q, k, v, **masks, implementation=self.implementation)
+        else:
+            out = attend_cached(q, cache, context.offset, self.implementation)
+        out = checkpoint_name(out, "attention")
+        out = einops.rearrange(out, "b l h k -> b l (h k)")
+        return Linear(c.width, name="o_proj")(out), cache
+
+    def _heads(self, x: Tokens):
+        """Queries (b, l, h, k), keys and values (b, l, g, k) before norm and rotation."""
+        c = self.cfg
+        if self.fused:
+            queries = c.heads // c.kv_heads
+            qkv = Linear((c.kv_heads, queries + 2, c.head_width), name="qkv_proj")(x)
+            qkv = constrain(qkv, "batch", None, "heads", None, None)
+            q = einops.rearrange(qkv[..., :queries, :], "b l g r k -> b l (g r) k")
+            return q, qkv[..., queries, :], qkv[..., queries + 1, :]
         split = lambda name, heads: constrain(
             Linear((heads, c.head_width), name=name)(x), "batch", None, "heads", None
         )
-        q, k, v = split("q_proj", c.heads), split("k_proj", c.kv_heads), split("v_proj", c.kv_heads)
-        q = rotate_half(RMSNorm(c.eps, name="q_norm")(q), angles)
-        k = rotate_half(RMSNorm(c.eps, name="k_norm")(k), angles)
-        out = attend(q, k, v, causal=True, lengths=lengths, implementation=self.implementation)
-        out = checkpoint_name(out, "attention")
-        return Linear(c.width, name="o_proj")(einops.rearrange(out, "b l h k -> b l (h k)"))
+        return split("q_proj", c.heads), split("k_proj", c.kv_heads), split("v_proj", c.kv_heads)
 
 
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
     cfg: Qwen3Config
+    fused: bool = False
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        gate = Linear(self.cfg.mlp_width, name="gate_proj")(x)
-        up = Linear(self.cfg.mlp_width, name="up_proj")(x)
+        width = self.cfg.mlp_width
+        if self.fused:
+            both = Linear((2, width), name="gate_up_proj")(x)
+            gate, up = both[..., 0, :], both[..., 1, :]
+        else:
+            gate, up = Linear(width, name="gate_proj")(x), Linear(width, name="up_proj")(x)
         h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
         return Linear(self.cfg.width, name="down_proj")(h)
 
 
-class _Rest(nn.Module):
-    """What a whole checkpoint has beside the layers: final norm and, if untied, the head."""
-
-    cfg: Qwen3Config
-
-    @nn.compact
-    def __call__(self, x: Tokens):
-        x = RMSNorm(self.cfg.eps, name="norm")(x)
-        return x if self.cfg.tied else Linear(self.cfg.vocab, name="lm_head")(x)
-
-
-def rotate_half(x: Float[Array, "b l h k"], angles: Float[Array, "l half"]):
+def rotate_half(x: Float[Array, "b l h k"], angles: Float[Array, "rows l half"]):
     """Rotate channel j with channel j + k/2 by angle j of each position, in float32."""
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
 
 
-def _angles(length: int, cfg: Qwen3Config) -> Float[Array, "l half"]:
+def angles(
+    positions: Int[Array, "rows l"] | Int[Array, "rows l 3"], cfg: Qwen3Config
+) -> Float[Array, "rows l half"]:
+    """Return the rotary angles of positions, or of positions along time, height and width.
+
+    With `cfg.mrope_section` the axes are interleaved over the frequencies (M-RoPE of Qwen3-VL):
+    frequency j turns with height where j % 3 == 1, with width where j % 3 == 2, as long as
+    j < 3 * section of that axis, and with time elsewhere. Source: transformers'
+    `modeling_qwen3_vl.py`, `recomposition_frequencies`.
+    """
     # float32: bfloat16 rounds position 257 to 256
-    exponent = jnp.arange(0, cfg.head_width, 2, dtype=jnp.float32) / cfg.head_width
-    return jnp.arange(length, dtype=jnp.float32)[:, None] / cfg.rope_theta**exponent
+    exponent = np.arange(0, cfg.head_width, 2, dtype=np.float32) / np.float32(cfg.head_width)
+    frequencies = np.float32(1) / np.float32(cfg.rope_theta) ** exponent
+    if positions.ndim == 2:
+        return positions.astype(jnp.float32)[..., None] * frequencies
+    places = positions.astype(jnp.float32)
+    return jnp.take(places, axes_of_frequencies(cfg), axis=-1) * frequencies
 
 
-def abstract_params(cfg: Qwen3Config, dtype=jnp.float32, *, head: bool = True) -> Params:
-    """Return the parameter tree as shapes; with `head`, final norm and untied head included."""
+def axes_of_frequencies(cfg: Qwen3Config) -> np.ndarray:
+    """Return which axis (0 time, 1 height, 2 width) turns each rotary frequency."""
+    _, height, width = cfg.mrope_section or (0, 0, 0)
+    j = np.arange(cfg.head_width // 2)
+    axes = np.zeros_like(j)
+    axes[(j % 3 == 1) & (j < 3 * height)] = 1
+    axes[(j % 3 == 2) & (j < 3 * width)] = 2
+    return axes
 
-    def init():
-        key, ids = jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-        params = Decoder(cfg).init(key, ids, jnp.ones(1, jnp.int32), (cfg.layers,))["params"]
-        if head:
-            params |= _Rest(cfg).init(key, jnp.zeros((1, 1, cfg.width)))["params"]
-        return params
 
-    shapes = jax.eval_shape(init)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes)
+def _deepstack(features, number):
+    """Return what is added to the output of layer `number` (from 1): its features, or zero."""
+    count = len(features)
+    if isinstance(number, int):
+        return features[number - 1] if number <= count else jnp.zeros((), features.dtype)
+    return jnp.where(number <= count, features[jnp.minimum(number, count) - 1], 0)

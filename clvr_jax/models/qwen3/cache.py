@@ -1,0 +1,86 @@
+"""Keys and values of past tokens: an explicit value that programs take and give back."""
+
+import einops
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from clvr_jax.kernels.attention import attend
+from clvr_jax.parallel import constrain
+from clvr_jax.typing import Array, Float, Int
+
+
+@struct.dataclass
+class KV:
+    """One layer's keys and values, `m` places a row; which of them are real the caller knows.
+
+    Heads come before places: a decode step reads each head's keys as one contiguous matrix.
+    """
+
+    keys: Float[Array, "b g m k"]
+    values: Float[Array, "b g m k"]
+
+    def write(
+        self,
+        keys: Float[Array, "b l g k"],
+        values: Float[Array, "b l g k"],
+        offset: Int[Array, "b"],
+    ) -> "KV":
+        """Return the cache with `l` new tokens from place `offset` of each row on.
+
+        The caller keeps offset + l within the places: a start beyond m - l would be moved back.
+        """
+
+        def put(old, new):
+            new = einops.rearrange(new, "b l g k -> b g l k").astype(old.dtype)
+            if len(new) == 1:
+                return jax.lax.dynamic_update_slice(old, new, (0, 0, offset[0], 0))
+            if new.shape[2] == 1:
+                rows = jnp.arange(len(new))
+                return old.at[rows, :, offset].set(new[:, :, 0], mode="drop")
+            write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))
+            return jax.vmap(write)(old, new, offset)
+
+        spread = lambda x: constrain(x, "batch", "heads", None, None)
+        return KV(spread(put(self.keys, keys)), spread(put(self.values, values)))
+
+
+def attend_cached(
+    q: Float[Array, "b l h k"],
+    cache: KV,
+    offset: Int[Array, "b"],
+    implementation: str | None = None,
+) -> Float[Array, "b l h k"]:
+    """Attention of new queries over a cache that holds their own keys already.
+
+    Query i of a row sees places 0 .. offset + i.
+    """
+    if q.shape[1] > 1:
+        keys, values = (
+            einops.rearrange(x, "b g m k -> b m g k").astype(q.dtype)
+            for x in (cache.keys, cache.values)
+        )
+        masks = {"causal": True, "offset": offset}
+        return attend(q, keys, values, **masks, implementation=implementation)
+    # one query a row: two products over the cache as it lies in memory
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    queries = einops.rearrange(q, "b 1 (g r) k -> b g r k", g=cache.keys.shape[1])
+    scores = jnp.einsum("bgrk,bgmk->bgrm", queries, cache.keys, preferred_element_type=wide)
+    scores = scores * q.shape[-1] ** -0.5
+    seen = jnp.arange(cache.keys.shape[2]) <= offset[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bgrm,bgmk->bgrk", weights.astype(cache.values.dtype), cache.values)
+    return einops.rearrange(out, "b g r k -> b 1 (g r) k").astype(q.dtype)
+
+
+def empty(
+    layers: int, rows: int, heads: int, places: int, width: int, dtype: jnp.dtype
+) -> tuple[KV, ...]:
+    """Return an empty cache of every layer: `rows` sequences of `places` tokens."""
+    make = lambda: jnp.zeros((rows, heads, places, width), dtype)
+    return tuple(KV(make(), make()) for _ in range(layers))
+
+
+def nbytes(caches: tuple[KV, ...]) -> int:
+    """Return the bytes that a cache occupies."""
+    return sum(x.nbytes for x in jax.tree.leaves(caches))
