@@ -7,6 +7,7 @@ agree with torch's FLOP counter on diffusers' FLUX.2 klein at 512 and 1024 pixel
 from clvr_jax.models.flux2.config import TransformerConfig, VaeConfig
 from clvr_jax.models.flux2.layout import Layout, lower
 from clvr_jax.models.qwen3.config import Qwen3Config
+from clvr_jax.models.qwen3_vl.config import VisionConfig
 
 
 def transformer(cfg: TransformerConfig, layout: Layout) -> int:
@@ -38,6 +39,16 @@ def text_encoder(cfg: Qwen3Config, tokens: int) -> int:
     products = 2 * tokens * cfg.width * (attention + 3 * cfg.mlp_width)
     scores = 4 * tokens * tokens * cfg.heads * cfg.head_width // 2
     return cfg.layers * (products + scores)
+
+
+def vision(cfg: VisionConfig, patches: int) -> int:
+    """Return the FLOPs of one still of so many patches, mergers included."""
+    block = 2 * patches * cfg.width * (4 * cfg.width + 2 * cfg.mlp_width)
+    scores = 4 * patches * patches * cfg.width
+    cells, joined = patches // cfg.cell, cfg.cell * cfg.width
+    merger = 2 * cells * joined * (joined + cfg.out_width)
+    embed = 2 * patches * cfg.patch_width // cfg.temporal_patch * cfg.width
+    return cfg.layers * (block + scores) + (1 + len(cfg.deepstack)) * merger + embed
 
 
 def vae_encode(cfg: VaeConfig, height: int, width: int) -> int:

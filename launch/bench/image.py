@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -269,8 +268,3 @@ def _require_finite(name: str, result: Any) -> None:
     for leaf in jax.tree.leaves(result):
         if not bool(jnp.isfinite(leaf.astype(jnp.float32)).all()):
             raise RuntimeError(f"{name}: the output is not finite; the timing would mean nothing")
-
-
-def dumps(report: dict[str, Any]) -> str:
-    """Return a result file's text."""
-    return json.dumps(report, indent=1) + "\n"

@@ -65,11 +65,7 @@ def limits(dtype) -> dict[str, Any]:
     import jax.numpy as jnp
 
     kind = jax.devices()[0].device_kind
-    # the longest name first: "NVIDIA H200" begins with "NVIDIA H20"
-    match = next(
-        (name for name in sorted(PEAKS, key=len, reverse=True) if kind.startswith(name)), ""
-    )
-    peak, bandwidth = PEAKS.get(match, (None, None))
+    peak, bandwidth = limits_of(kind)
     if jnp.dtype(dtype) != jnp.bfloat16:
         peak = None  # the table is for bfloat16
     measured = _matmul_rate(dtype)
@@ -78,8 +74,36 @@ def limits(dtype) -> dict[str, Any]:
         "memory_tb_s": bandwidth,
         "measured_matmul_tflops": round(measured, 3),
         "limit_tflops": peak or measured,
-        "limit_is": f"vendor peak of {match}, bfloat16" if peak else "matmul rate measured here",
+        "limit_is": f"vendor peak of {kind}, bfloat16" if peak else "matmul rate measured here",
     }
+
+
+def memory_rate() -> dict[str, Any]:
+    """Return the vendor's memory bandwidth, where known, and the reading rate measured here."""
+    import jax
+    import jax.numpy as jnp
+
+    from launch.bench.timing import timed
+
+    nominal = limits_of(jax.devices()[0].device_kind)[1]
+    count = 2**26 if jax.default_backend() == "cpu" else 2**30
+    x = jnp.ones(count, jnp.float32)
+    read = jax.jit(jnp.max)  # a maximum reads everything and writes nothing
+    timed(lambda: read(x))
+    best = min(timed(lambda: read(x))[0] for _ in range(10))
+    measured = 4 * count / best / 1e9
+    return {
+        "measured_read_gb_s": round(measured, 1),
+        "limit_gb_s": 1e3 * nominal if nominal else measured,
+        "bandwidth_is": "vendor peak" if nominal else "reading rate measured here",
+    }
+
+
+def limits_of(kind: str) -> tuple[float | None, float | None]:
+    """Return the vendor's bfloat16 TFLOP/s and memory TB/s of a device kind, None if unknown."""
+    # the longest name first: "NVIDIA H200" begins with "NVIDIA H20"
+    names = sorted(PEAKS, key=len, reverse=True)
+    return next((PEAKS[name] for name in names if kind.startswith(name)), (None, None))
 
 
 def memory() -> dict[str, float]:

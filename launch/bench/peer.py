@@ -9,7 +9,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -23,10 +23,7 @@ from clvr_jax.generate.prompt import render
 from clvr_jax.models.flux2.config import transformer_to_json, vae_to_json
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.models.qwen3.config import to_json as text_to_json
-from clvr_jax.tree import flatten
-from conversion.components import KINDS
-from conversion.rules import Bound
-from launch.bench.weights import layer_reader
+from launch.bench.carry import carry, construct
 
 _LAYERS = 36  # of the text encoder; the pipeline runs them all
 
@@ -158,8 +155,8 @@ def build(model: ImageModel, pattern: str, guided: bool) -> Any:
     }
     made = {}
     for name, (cfg, make) in networks.items():
-        made[name] = _construct(make, cfg, device, dtype)
-        _carry(name, cfg, params[name], made[name])
+        made[name] = construct(make, cfg, device, dtype)
+        carry(name, cfg, params[name], made[name])
     made["vae"].to(memory_format=torch.channels_last)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
         shift=3.0, use_dynamic_shifting=True, base_image_seq_len=256, max_image_seq_len=4096
@@ -253,48 +250,3 @@ def _text_encoder(cfg: Qwen3Config) -> torch.nn.Module:
         values.pop(name)
     rope = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**values, rope_parameters=rope))
-
-
-def _construct(make, cfg, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # never in float32 first: 9B would take twice the memory
-    try:
-        with device:
-            return make(cfg).eval().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(before)
-
-
-@torch.no_grad()
-def _carry(name: str, cfg: Any, params: Any, module: torch.nn.Module) -> None:
-    """Write our weights into a torch module by the converter's tables, on the device."""
-    kind = KINDS[name]
-    abstract, read = layer_reader(params, kind.stacked)
-    table = kind.table(cfg, "diffusers")
-    ours = flatten(abstract)  # of the text encoder: no head, and only the layers that we run
-    kept = [rule for rule in table.rules if all(path in ours for path, _ in rule.targets)]
-    table = dataclasses.replace(table, rules=tuple(kept))
-    theirs = module.state_dict()
-    for file_name, tensor in _tensors(table, abstract, lambda *at: torch.from_dlpack(read(*at))):
-        target = theirs[file_name]
-        if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
-            raise ValueError(
-                f"{name}: {file_name} is {target.dtype} {tuple(target.shape)} in diffusers, ours "
-                f"gives {tensor.dtype} {tuple(tensor.shape)}"
-            )
-        target.copy_(tensor)
-
-
-def _tensors(table, abstract, read) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the file layout whose leaves are there (the rest is not used)."""
-    import einops
-
-    for entry in Bound(table, abstract).entries:
-        parts = []
-        for target in entry.targets:
-            leaf = read(target.path, target.layer)
-            if entry.swap:
-                leaf = torch.flip(leaf, (target.pattern.leaf.index(entry.swap),))
-            parts.append(einops.rearrange(leaf, target.pattern.inverse))
-        whole = torch.cat(parts, dim=entry.axis)
-        yield from zip(entry.sources, torch.chunk(whole, len(entry.sources), dim=entry.axis))

@@ -57,7 +57,8 @@ def _range(path: str, shape: tuple[int, ...]) -> tuple[float, float]:
         return 0.0, math.sqrt(3.0)
     if name != "kernel":
         raise ValueError(f"no random value is defined for {path} {shape}; add its name")
-    fan_in = math.prod(shape[:3]) if len(shape) == 4 and shape[:2] == (3, 3) else shape[0]
+    convolution = (len(shape) == 4 and shape[:2] == (3, 3)) or len(shape) == 5
+    fan_in = math.prod(shape[:-1]) if convolution else shape[0]
     return 0.0, math.sqrt(3.0 / fan_in)
 
 

@@ -1,0 +1,131 @@
+"""Reading: the part of a conversation that is not cached yet, in pieces of few sizes."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from clvr_jax.backends.local.sequence import Sequence, bucket, power
+from clvr_jax.generate import text
+from clvr_jax.models.qwen3_vl import vision
+from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl.model import position_ids
+from clvr_jax.models.qwen3_vl.processor import Picture
+from clvr_jax.typing import Params
+
+PIECE = 2048  # tokens that one program reads at most
+_LEAST = 16  # tokens of the shortest program
+_LEAST_PATCHES = 64
+
+
+class Reader:
+    """Fills the caches of sequences.
+
+    Args:
+      nets: the networks.
+      params: `{"language": ..., "visual": ...}`.
+      cfg: sizes of both, None for text-only models.
+    """
+
+    def __init__(self, nets: text.Networks, params: Params, cfg: Qwen3VLConfig | None):
+        self._nets, self._params, self._cfg = nets, params, cfg
+        leaves = jax.tree.leaves(params["language"])
+        self._dtype = leaves[0].dtype
+
+    def read(self, seq: Sequence, stop: int | None = None) -> jax.Array:
+        """Read what is not cached, up to index `stop`; return the scores (1, vocab) after it."""
+        ids = np.asarray(seq.ids[seq.cached : stop], np.int32)
+        pictures = [p for at, p in seq.pictures if at >= seq.cached]
+        positions, after = self._positions(ids, pictures, seq.position)
+        features, places = self._look(ids, pictures)
+        scores = None
+        for start in range(0, len(ids), PIECE):
+            piece = slice(start, min(start + PIECE, len(ids)))
+            new = self._new(ids[piece], positions[piece], places[piece], seq.cached)
+            cache = self._room(seq, new.ids.shape[1])
+            fresh, seq.cache = seq.cached == 0, None
+            own = features if (places[piece] >= 0).any() else None
+            scores, seq.cache = text.prefill(
+                self._nets, self._params["language"], new, own, cache, fresh=fresh
+            )
+            seq.cached += piece.stop - piece.start
+        seq.position = after
+        return scores
+
+    def score(self, seq: Sequence, continuation: list[int]) -> np.ndarray:
+        """Return the log-probability of each token of a continuation of a sequence.
+
+        All of the sequence but its last token must be cached. It stays as it was: what is written
+        behind its cached tokens is not counted as such.
+        """
+        whole = np.asarray([seq.ids[-1], *continuation], np.int32)
+        positions = seq.position + np.arange(len(whole), dtype=np.int32)
+        positions = np.repeat(positions[:, None], 3, axis=1)
+        none = np.full(len(whole), -1, np.int32)
+        out = []
+        for start in range(0, len(continuation), PIECE):
+            piece = slice(start, min(start + PIECE, len(continuation)))
+            offset = seq.cached + start
+            new = self._new(whole[:-1][piece], positions[:-1][piece], none[:-1][piece], offset)
+            targets = np.zeros(new.ids.shape[1], np.int32)
+            targets[: piece.stop - piece.start] = continuation[piece]
+            cache, seq.cache = self._room(seq, new.ids.shape[1], offset), None
+            logprobs, seq.cache = text.score(
+                self._nets, self._params["language"], new, targets, cache, fresh=offset == 0
+            )
+            out.append(np.asarray(logprobs)[: piece.stop - piece.start])
+        return np.concatenate(out)
+
+    def _positions(self, ids, pictures: list[Picture], start: int) -> tuple[np.ndarray, int]:
+        if self._cfg is not None:
+            return position_ids(ids, [p.grid for p in pictures], self._cfg, start)
+        plain = np.arange(start, start + len(ids), dtype=np.int32)
+        return np.repeat(plain[:, None], 3, axis=1), start + len(ids)
+
+    def _look(self, ids: np.ndarray, pictures: list[Picture]) -> tuple[Any, np.ndarray]:
+        """Features of all pictures, and the row of each token's feature or -1."""
+        places = np.full(len(ids), -1, np.int32)
+        if not pictures:
+            return None, places
+        cell = self._cfg.vision.cell
+        room = power(max(len(p.patches) for p in pictures), _LEAST_PATCHES)
+        count = power(len(pictures))
+        pixels = np.zeros((count, room, pictures[0].patches.shape[1]), np.uint8)
+        for i, picture in enumerate(pictures):
+            pixels[i, : len(picture.patches)] = picture.patches
+        smallest = (self._cfg.vision.merge,) * 2  # stands in for images that are not there
+        grids = [p.grid for p in pictures] + [smallest] * (count - len(pictures))
+        features = text.look(
+            self._nets,
+            self._params["visual"],
+            pixels,
+            vision.places(grids, self._cfg.vision, room),
+        )
+        rows = [
+            i * room // cell + np.arange(math.prod(p.grid) // cell) for i, p in enumerate(pictures)
+        ]
+        places[ids == self._cfg.image_token] = np.concatenate(rows)
+        return features, places
+
+    def _new(self, ids, positions, places, offset: int) -> text.New:
+        size = power(len(ids), _LEAST)
+        pad = lambda x, fill: np.concatenate(
+            [x, np.full((size - len(x), *x.shape[1:]), fill, x.dtype)]
+        )[None]
+        return text.New(
+            ids=pad(ids, 0),
+            positions=pad(positions, 0),
+            places=pad(places, -1),
+            count=np.int32(len(ids)),
+            offset=np.full(1, offset, np.int32),
+        )
+
+    def _room(self, seq: Sequence, new: int, offset: int | None = None):
+        """The sequence's cache with room for `new` more tokens, padding included."""
+        places = bucket((seq.cached if offset is None else offset) + new)
+        if seq.cache is None:
+            return text.empty_cache(self._nets, 1, places, self._dtype)
+        if seq.cache[0].keys.shape[2] >= places:
+            return seq.cache
+        return text.resize(seq.cache, None, places)

@@ -1,0 +1,328 @@
+"""Compiled programs that read and write text: look, prefill, score, decode, and move cache rows.
+
+Each is a jitted function of (networks, shapes): the same shapes compile once. The cache is a value
+that goes in, is given away, and comes out longer. Which sequence is where, and how many places of
+a row are real, is the caller's knowledge (`clvr_jax.backends.local`).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from clvr_jax.generate import sampling
+from clvr_jax.generate.sampling import Sampling
+from clvr_jax.models.qwen3 import cache, language
+from clvr_jax.models.qwen3.cache import KV
+from clvr_jax.models.qwen3.language import LanguageModel
+from clvr_jax.models.qwen3_vl.vision import Places, Vision
+from clvr_jax.parallel import constrain
+from clvr_jax.typing import Array, Float, Int, Params
+
+CHUNK = 16  # tokens that one decode call generates at most: the host is asked no more often
+_SCORED = 64  # rows whose scores over the vocabulary exist at once
+_NO_STOP = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """The networks, without parameters: what a program is specialised to.
+
+    Attributes:
+      language: unrolled, fused (`models.qwen3.serving`).
+      vision: the vision tower, None for text-only models.
+      mean, std: of the pixels, per channel, after division by 255.
+    """
+
+    language: LanguageModel
+    vision: Vision | None = None
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+
+@struct.dataclass
+class New:
+    """The next tokens of one sequence, padded on the right.
+
+    Attributes:
+      ids: token ids.
+      positions: along time, height and width.
+      places: rows of the image features that tokens stand for, -1 for text.
+      count: real tokens.
+      offset: tokens of the sequence that are cached already.
+    """
+
+    ids: Int[Array, "one n"]
+    positions: Int[Array, "one n 3"]
+    places: Int[Array, "one n"]
+    count: Int[Array, ""]
+    offset: Int[Array, "one"]
+
+
+@struct.dataclass
+class Rows:
+    """A batch of sequences that are being continued.
+
+    Attributes:
+      cache: keys and values.
+      lengths: cached tokens of each row.
+      position: M-RoPE position of each row's next token.
+      scores: raw scores of it.
+      seen: tokens of each row's conversation before this turn.
+      counts: how often this turn has generated each token.
+      step: tokens that this turn has generated.
+      limit: tokens that it may generate.
+      stops: tokens that end it, padded with -1.
+      active: rows that go on.
+      sampling: options of each row.
+    """
+
+    cache: tuple[KV, ...]
+    lengths: Int[Array, "b"]
+    position: Int[Array, "b"]
+    scores: Float[Array, "b v"]
+    seen: Array
+    counts: Int[Array, "b v"]
+    step: Int[Array, "b"]
+    limit: Int[Array, "b"]
+    stops: Int[Array, "b stops"]
+    active: Array
+    sampling: Sampling
+
+
+@struct.dataclass
+class Tokens:
+    """What a decode call generated.
+
+    Attributes:
+      ids: (b, CHUNK), -1 where a row had ended.
+      logprobs: of those tokens under the raw scores.
+      rivals: (b, CHUNK, r) likeliest tokens of each step, best first.
+      rival_logprobs: theirs.
+      active: rows that go on.
+    """
+
+    ids: Array
+    logprobs: Array
+    rivals: Array
+    rival_logprobs: Array
+    active: Array
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def look(
+    nets: Networks, params: Params, pixels: Array, places: Places
+) -> Float[Array, "f parts d"]:
+    """Return features of the tokens of all images, image after image, padding included.
+
+    Args:
+      nets: the networks.
+      params: the vision tower's.
+      pixels: uint8 (b, p, channel y x) patches of stills; normalised here, so that a quarter of the
+        bytes crosses to the device.
+      places: of these images.
+    """
+    channels = len(nets.mean)
+    b, p, width = pixels.shape
+    x = pixels.reshape(b, p, channels, width // channels).astype(jnp.float32) / 255.0
+    x = (x - jnp.asarray(nets.mean)[:, None]) / jnp.asarray(nets.std)[:, None]
+    x = x.reshape(b, p, width).astype(jax.tree.leaves(params)[0].dtype)
+    features = nets.vision.apply({"params": params}, x, places)
+    return features.reshape(-1, *features.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="fresh", donate_argnames="cache")
+def prefill(
+    nets: Networks,
+    params: Params,
+    new: New,
+    features: Float[Array, "f parts d"] | None,
+    cache: tuple[KV, ...],
+    *,
+    fresh: bool,
+) -> tuple[Float[Array, "one v"], tuple[KV, ...]]:
+    """Read the next tokens of one sequence; return the scores after the last and the cache.
+
+    Padding is read as well: it lies behind the real tokens, where later ones overwrite it.
+    """
+    hidden, cache = _read(nets, params, new, features, cache, fresh)
+    last = jax.lax.dynamic_index_in_dim(hidden[0], new.count - 1, axis=0)
+    return language.logits(params, nets.language.cfg, last), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="fresh", donate_argnames="cache")
+def score(
+    nets: Networks,
+    params: Params,
+    new: New,
+    targets: Int[Array, "n"],
+    cache: tuple[KV, ...],
+    *,
+    fresh: bool,
+) -> tuple[Float[Array, "n"], tuple[KV, ...]]:
+    """Read tokens and return the log-probability of a target after each of them, and the cache."""
+    hidden, cache = _read(nets, params, new, None, cache, fresh)
+
+    def one(args):
+        rows, wanted = args
+        scores = language.logits(params, nets.language.cfg, rows)
+        picked = jnp.take_along_axis(scores, wanted[:, None], axis=-1)[:, 0]
+        return picked - jax.nn.logsumexp(scores, axis=-1)
+
+    n = len(targets)
+    size = min(_SCORED, n)
+    blocks = hidden[0].reshape(n // size, size, -1), targets.reshape(n // size, size)
+    return jax.lax.map(one, blocks).reshape(n), cache
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="rivals", donate_argnames="rows")
+def decode(
+    nets: Networks,
+    params: Params,
+    rows: Rows,
+    steps: Int[Array, ""],
+    keep: Array,
+    mask: Array | None = None,
+    *,
+    rivals: int = 0,
+) -> tuple[Rows, Tokens]:
+    """Generate up to `steps` (at most CHUNK) tokens for every active row, without the host.
+
+    Every row needs room for `steps` more tokens in the cache. A row ends at a stop token, which is
+    the last that it emits, or at its limit. What is emitted is cached as well.
+
+    Args:
+      nets: the networks.
+      params: the language model's.
+      rows: the batch; given away.
+      steps: tokens of each row.
+      keep: (b,) bool, false ends a row at once.
+      mask: bits of the tokens that the next step may choose (`sampling.sample`); with one step.
+      rivals: likeliest tokens to report of each step.
+    """
+    b = len(rows.lengths)
+    rows = rows.replace(active=rows.active & keep)
+    out = Tokens(
+        ids=jnp.full((b, CHUNK), _NO_STOP, jnp.int32),
+        logprobs=jnp.zeros((b, CHUNK), jnp.float32),
+        rivals=jnp.zeros((b, CHUNK, rivals), jnp.int32),
+        rival_logprobs=jnp.zeros((b, CHUNK, rivals), jnp.float32),
+        active=rows.active,
+    )
+
+    def body(carry):
+        i, rows, out = carry
+        ids = sampling.sample(rows.scores, rows.sampling, rows.seen, rows.counts, rows.step, mask)
+        norm = jax.nn.logsumexp(rows.scores, axis=-1)
+        logprobs = jnp.take_along_axis(rows.scores, ids[:, None], axis=-1)[:, 0] - norm
+        out = out.replace(
+            ids=out.ids.at[:, i].set(jnp.where(rows.active, ids, _NO_STOP)),
+            logprobs=out.logprobs.at[:, i].set(logprobs),
+        )
+        if rivals:
+            best, which = jax.lax.top_k(rows.scores, rivals)
+            out = out.replace(
+                rivals=out.rivals.at[:, i].set(which),
+                rival_logprobs=out.rival_logprobs.at[:, i].set(best - norm[:, None]),
+            )
+        went_on = rows.active.astype(jnp.int32)
+        hidden, cache, _ = nets.language.apply(
+            {"params": params},
+            ids[:, None],
+            jnp.broadcast_to(rows.position[:, None, None], (b, 1, 3)),
+            cache=rows.cache,
+            offset=rows.lengths,
+        )
+        step = rows.step + went_on
+        ended = jnp.any(ids[:, None] == rows.stops, axis=-1) | (step >= rows.limit)
+        rows = rows.replace(
+            cache=cache,
+            lengths=rows.lengths + went_on,
+            position=rows.position + went_on,
+            scores=language.logits(params, nets.language.cfg, hidden[:, 0]),
+            counts=rows.counts.at[jnp.arange(b), ids].add(went_on),
+            step=step,
+            active=rows.active & ~ended,
+        )
+        return i + 1, rows, out
+
+    going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)
+    _, rows, out = jax.lax.while_loop(going, body, (jnp.int32(0), rows, out))
+    return rows, out.replace(active=rows.active)
+
+
+def empty_cache(nets: Networks, rows: int, places: int, dtype: Any) -> tuple[KV, ...]:
+    """Return an empty cache of `rows` sequences, spread over the mesh if there is one."""
+    return _empty(nets.language.cfg, rows, places, jnp.dtype(dtype))
+
+
+def regroup(rows: Rows, index: np.ndarray, places: int) -> Rows:
+    """Return a batch of chosen rows, -1 for empty ones, with `places` places each."""
+    index = jnp.asarray(index, jnp.int32)
+    chosen = jnp.maximum(index, 0)
+    longer = resize(rows.cache, chosen, places)
+    rest = _take(rows.replace(cache=()), chosen)
+    return rest.replace(cache=longer, active=rest.active & (index >= 0))
+
+
+def resize(cache: Sequence[KV], rows: Int[Array, "b"] | None, places: int) -> tuple[KV, ...]:
+    """Return a cache with chosen rows (None: all) and `places` places, layer by layer."""
+    return tuple(_resize(kv, rows, places) for kv in cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def insert(rows: Rows, one: Rows, row: Int[Array, ""]) -> Rows:
+    """Return a batch with a single sequence, whose cache has no more places, as one of its rows."""
+    put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (row, *(0,) * (old.ndim - 1)))
+    return jax.tree.map(put, rows, one)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def extract(cache: tuple[KV, ...], row: Int[Array, ""], places: int) -> tuple[KV, ...]:
+    """Return the cache of one row of a batch, its first places."""
+    take = lambda x: jax.lax.dynamic_index_in_dim(x[:, :, :places], row, axis=0)
+    return jax.tree.map(take, cache)
+
+
+def _read(nets, params, new: New, features, cache, fresh):
+    hidden, cache, _ = nets.language.apply(
+        {"params": params},
+        new.ids,
+        new.positions,
+        features=features,
+        places=new.places,
+        cache=cache,
+        offset=new.offset,
+        fresh=fresh,
+    )
+    return hidden, cache
+
+
+@functools.partial(jax.jit, static_argnums=range(4))
+def _empty(cfg, rows, places, dtype):
+    made = cache.empty(cfg.layers, rows, cfg.kv_heads, places, cfg.head_width, dtype)
+    return jax.tree.map(_spread, made)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _resize(kv: KV, rows, places: int) -> KV:
+    def one(x):
+        x = x if rows is None else jnp.take(x, rows, axis=0)
+        more = max(places - x.shape[2], 0)
+        return _spread(jnp.pad(x[:, :, :places], ((0, 0), (0, 0), (0, more), (0, 0))))
+
+    return jax.tree.map(one, kv)
+
+
+@jax.jit
+def _take(tree, index):
+    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), tree)
+
+
+def _spread(x):
+    return constrain(x, "batch", "heads", None, None)
