@@ -1,6 +1,5 @@
 """The composition root of language models: weights, processor and mesh brought together."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +93,9 @@ def load_vlm(
     places = parallel.shardings(abstract, mesh) if mesh is not None else None
     stacked = (qwen3_vl if sees else qwen3).STACKED
     params = prepare(cfg, load(component.open(), abstract, stacked, places), mesh)
-    nets = networks(cfg, attention)
-    if sees:
-        nets = dataclasses.replace(
-            nets, mean=tuple(reads.images.image_mean), std=tuple(reads.images.image_std)
-        )
     return LocalVlm(
         name or Path(folder).resolve().name,
-        nets,
+        networks(cfg, attention),
         params,
         reads,
         cfg if sees else None,

@@ -177,7 +177,9 @@ def _draw(rng: Any, path: str, shape: tuple[int, ...], layered: bool) -> Any:
 
     own = shape[1:] if layered else shape
     if path.endswith(("scale", "var")):
-        return rng.uniform(0.8, 1.2, shape).astype(np.float32)
+        # sharp attention: a random model with a flat one repeats the same few tokens
+        sharp = 2.0 if path.startswith("language/") and "self_attn" in path else 1.0
+        return (sharp * rng.uniform(0.8, 1.2, shape)).astype(np.float32)
     if len(own) < 2 or path.endswith("bias"):
         return (0.1 * rng.standard_normal(shape)).astype(np.float32)
     convolution = "patch_embed" in path or (len(own) == 4 and "blocks" not in path)

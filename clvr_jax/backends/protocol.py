@@ -7,7 +7,7 @@ computed again where the backend can avoid it.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -218,6 +218,7 @@ class Score:
     tokens: tuple[float, ...]
 
 
+@runtime_checkable
 class Pending(Protocol):
     """A turn that is being generated."""
 
@@ -225,13 +226,18 @@ class Pending(Protocol):
         """Wait for the reply.
 
         Raises:
-          InvalidRequest, Overloaded: why there is none.
+          InvalidRequest: the request can never be answered.
+          Overloaded: there was too much to do, or a remote endpoint could not be had.
+          RuntimeError: something broke; a remote backend's budget is spent.
           TimeoutError: it is not there after `timeout` seconds; it goes on being generated.
         """
         ...
 
     def cancel(self) -> None:
-        """Stop generating soon; the reply holds what was generated, its finish is "cancelled"."""
+        """Stop generating soon.
+
+        The reply, and the session, hold what was generated; its finish is "cancelled".
+        """
         ...
 
     def add_done_callback(self, call: Callable[["Pending"], None]) -> None:
@@ -239,6 +245,7 @@ class Pending(Protocol):
         ...
 
 
+@runtime_checkable
 class Session(Protocol):
     """A conversation with one model; one turn at a time."""
 
@@ -262,7 +269,7 @@ class Session(Protocol):
 
         Raises:
           InvalidRequest: the request can never be answered.
-          Overloaded: the backend cannot take it now.
+          Overloaded: the backend cannot take it now, or this session's last turn is not done.
         """
         ...
 
@@ -290,6 +297,7 @@ class Session(Protocol):
         ...
 
 
+@runtime_checkable
 class Vlm(Protocol):
     """A vision-language model.
 

@@ -5,6 +5,8 @@ Thresholds are found by bisection over the bits of a float, which is exact and n
 vocabulary: a sort of 152 thousand scores takes longer than the rest of sampling together.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -29,14 +31,14 @@ class Sampling:
       seed: of the row's noise.
     """
 
-    temperature: Float[Array, "b"]
-    top_k: Int[Array, "b"]
-    top_p: Float[Array, "b"]
-    min_p: Float[Array, "b"]
-    repetition: Float[Array, "b"]
-    presence: Float[Array, "b"]
-    frequency: Float[Array, "b"]
-    seed: Int[Array, "b"]
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+    seed: Any
 
 
 def sample(

@@ -16,7 +16,6 @@ import numpy as np
 from flax import struct
 
 from clvr_jax.generate import sampling
-from clvr_jax.generate.sampling import Sampling
 from clvr_jax.models.qwen3 import cache, language
 from clvr_jax.models.qwen3.cache import KV
 from clvr_jax.models.qwen3.language import LanguageModel
@@ -36,13 +35,10 @@ class Networks:
     Attributes:
       language: unrolled, fused (`models.qwen3.serving`).
       vision: the vision tower, None for text-only models.
-      mean, std: of the pixels, per channel, after division by 255.
     """
 
     language: LanguageModel
     vision: Vision | None = None
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
 
 @struct.dataclass
@@ -50,18 +46,18 @@ class New:
     """The next tokens of one sequence, padded on the right.
 
     Attributes:
-      ids: token ids.
-      positions: along time, height and width.
-      places: rows of the image features that tokens stand for, -1 for text.
+      ids: (one n) token ids.
+      positions: (one n 3) along time, height and width.
+      places: (one n) rows of the image features that tokens stand for, -1 for text.
       count: real tokens.
-      offset: tokens of the sequence that are cached already.
+      offset: (one) tokens of the sequence that are cached already.
     """
 
-    ids: Int[Array, "one n"]
-    positions: Int[Array, "one n 3"]
-    places: Int[Array, "one n"]
-    count: Int[Array, ""]
-    offset: Int[Array, "one"]
+    ids: Any
+    positions: Any
+    places: Any
+    count: Any
+    offset: Any
 
 
 @struct.dataclass
@@ -70,29 +66,29 @@ class Rows:
 
     Attributes:
       cache: keys and values.
-      lengths: cached tokens of each row.
-      position: M-RoPE position of each row's next token.
-      scores: raw scores of it.
+      lengths: (b) cached tokens of each row.
+      position: (b) M-RoPE position of each row's next token.
+      scores: (b v) raw scores of it.
       seen: tokens of each row's conversation before this turn.
-      counts: how often this turn has generated each token.
-      step: tokens that this turn has generated.
-      limit: tokens that it may generate.
-      stops: tokens that end it, padded with -1.
+      counts: (b v) how often this turn has generated each token.
+      step: (b) tokens that this turn has generated.
+      limit: (b) tokens that it may generate.
+      stops: (b stops) tokens that end it, padded with -1.
       active: rows that go on.
       sampling: options of each row.
     """
 
-    cache: tuple[KV, ...]
-    lengths: Int[Array, "b"]
-    position: Int[Array, "b"]
-    scores: Float[Array, "b v"]
-    seen: Array
-    counts: Int[Array, "b v"]
-    step: Int[Array, "b"]
-    limit: Int[Array, "b"]
-    stops: Int[Array, "b stops"]
-    active: Array
-    sampling: Sampling
+    cache: Any
+    lengths: Any
+    position: Any
+    scores: Any
+    seen: Any
+    counts: Any
+    step: Any
+    limit: Any
+    stops: Any
+    active: Any
+    sampling: Any
 
 
 @struct.dataclass
@@ -107,30 +103,30 @@ class Tokens:
       active: rows that go on.
     """
 
-    ids: Array
-    logprobs: Array
-    rivals: Array
-    rival_logprobs: Array
-    active: Array
+    ids: Any
+    logprobs: Any
+    rivals: Any
+    rival_logprobs: Any
+    active: Any
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def look(
-    nets: Networks, params: Params, pixels: Array, places: Places
+    nets: Networks, params: Params, levels: Array, pixels: Array, places: Places
 ) -> Float[Array, "f parts d"]:
     """Return features of the tokens of all images, image after image, padding included.
 
     Args:
       nets: the networks.
       params: the vision tower's.
-      pixels: uint8 (b, p, channel y x) patches of stills; normalised here, so that a quarter of the
-        bytes crosses to the device.
+      levels: (channel, 256) what each grey level is to the network. A table, because a device's own
+        division differs from the reference's in the last bit.
+      pixels: uint8 (b, p, channel y x) patches of stills; a quarter of the bytes of numbers.
       places: of these images.
     """
-    channels = len(nets.mean)
     b, p, width = pixels.shape
-    x = pixels.reshape(b, p, channels, width // channels).astype(jnp.float32) / 255.0
-    x = (x - jnp.asarray(nets.mean)[:, None]) / jnp.asarray(nets.std)[:, None]
+    x = pixels.reshape(b, p, len(levels), -1)
+    x = jnp.take_along_axis(levels[None, None], x.astype(jnp.int32), axis=-1)
     x = x.reshape(b, p, width).astype(jax.tree.leaves(params)[0].dtype)
     features = nets.vision.apply({"params": params}, x, places)
     return features.reshape(-1, *features.shape[2:])

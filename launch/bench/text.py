@@ -73,15 +73,15 @@ class Bench:
     def prepare(self) -> None:
         """Lay the weights out for serving; the stacked ones are gone then."""
         self.params = build_vlm.prepare(self.cfg, self.stacked, None)
-        self.reader = Reader(self.nets, self.params, self.cfg)
+        self.reader = Reader(self.nets, self.params, self.cfg, np.zeros((3, 256), np.float32))
 
     def look(self) -> jax.Array:
         """Return the features of one picture."""
         side = self.case.picture // self.cfg.vision.patch
         width = self.cfg.vision.patch_width // self.cfg.vision.temporal_patch
         pixels = np.random.default_rng(1).integers(0, 256, (side * side, width), dtype=np.uint8)
-        ids = np.full(side * side // self.cfg.vision.cell, self.cfg.image_token, np.int32)
-        return self.reader._look(ids, [Picture(pixels, (side, side))])[0]
+        cells = side * side // self.cfg.vision.cell
+        return self.reader.look(cells, [(0, Picture(pixels, (side, side)))])[0]
 
     def read(self, tokens: int, seq: Sequence | None = None) -> Sequence:
         """Read so many more tokens of a conversation."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from clvr_jax.backends.protocol import InvalidRequest, Options
 
-
 # between the parts of JSON; without a bound a weak model may write spaces to the end
 _SPACES = {"whitespace_pattern": r"[ \n]{0,16}"}
 

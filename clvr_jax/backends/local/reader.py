@@ -1,6 +1,5 @@
 """Reading: the part of a conversation that is not cached yet, in pieces of few sizes."""
 
-import math
 from typing import Any
 
 import jax
@@ -26,19 +25,26 @@ class Reader:
       nets: the networks.
       params: `{"language": ..., "visual": ...}`.
       cfg: sizes of both, None for text-only models.
+      levels: (channel, 256) normalised grey levels, None for text-only models.
     """
 
-    def __init__(self, nets: text.Networks, params: Params, cfg: Qwen3VLConfig | None):
-        self._nets, self._params, self._cfg = nets, params, cfg
+    def __init__(
+        self,
+        nets: text.Networks,
+        params: Params,
+        cfg: Qwen3VLConfig | None,
+        levels: np.ndarray | None,
+    ):
+        self._nets, self._params, self._cfg, self._levels = nets, params, cfg, levels
         leaves = jax.tree.leaves(params["language"])
         self._dtype = leaves[0].dtype
 
     def read(self, seq: Sequence, stop: int | None = None) -> jax.Array:
         """Read what is not cached, up to index `stop`; return the scores (1, vocab) after it."""
         ids = np.asarray(seq.ids[seq.cached : stop], np.int32)
-        pictures = [p for at, p in seq.pictures if at >= seq.cached]
-        positions, after = self._positions(ids, pictures, seq.position)
-        features, places = self._look(ids, pictures)
+        pictures = [(at - seq.cached, p) for at, p in seq.pictures if at >= seq.cached]
+        positions, after = self._positions(len(ids), pictures, seq.position)
+        features, places = self.look(len(ids), pictures)
         scores = None
         for start in range(0, len(ids), PIECE):
             piece = slice(start, min(start + PIECE, len(ids)))
@@ -77,36 +83,39 @@ class Reader:
             out.append(np.asarray(logprobs)[: piece.stop - piece.start])
         return np.concatenate(out)
 
-    def _positions(self, ids, pictures: list[Picture], start: int) -> tuple[np.ndarray, int]:
-        if self._cfg is not None:
-            return position_ids(ids, [p.grid for p in pictures], self._cfg, start)
-        plain = np.arange(start, start + len(ids), dtype=np.int32)
-        return np.repeat(plain[:, None], 3, axis=1), start + len(ids)
+    def look(self, tokens: int, pictures: list[tuple[int, Picture]]) -> tuple[Any, np.ndarray]:
+        """Return features of all pictures, and the row of each token's feature or -1.
 
-    def _look(self, ids: np.ndarray, pictures: list[Picture]) -> tuple[Any, np.ndarray]:
-        """Features of all pictures, and the row of each token's feature or -1."""
-        places = np.full(len(ids), -1, np.int32)
+        Args:
+          tokens: how many tokens there are.
+          pictures: (index of the first token, picture).
+        """
+        places = np.full(tokens, -1, np.int32)
         if not pictures:
             return None, places
-        cell = self._cfg.vision.cell
-        room = power(max(len(p.patches) for p in pictures), _LEAST_PATCHES)
+        sizes = self._cfg.vision
+        room = power(max(len(p.patches) for _, p in pictures), _LEAST_PATCHES)
         count = power(len(pictures))
-        pixels = np.zeros((count, room, pictures[0].patches.shape[1]), np.uint8)
-        for i, picture in enumerate(pictures):
-            pixels[i, : len(picture.patches)] = picture.patches
-        smallest = (self._cfg.vision.merge,) * 2  # stands in for images that are not there
-        grids = [p.grid for p in pictures] + [smallest] * (count - len(pictures))
-        features = text.look(
-            self._nets,
-            self._params["visual"],
-            pixels,
-            vision.places(grids, self._cfg.vision, room),
-        )
-        rows = [
-            i * room // cell + np.arange(math.prod(p.grid) // cell) for i, p in enumerate(pictures)
-        ]
-        places[ids == self._cfg.image_token] = np.concatenate(rows)
-        return features, places
+        pixels = np.zeros((count, room, pictures[0][1].patches.shape[1]), np.uint8)
+        grids = [(sizes.merge,) * 2] * count  # the smallest stands in where there is none
+        for i, (at, picture) in enumerate(pictures):
+            pixels[i, : len(picture.patches)], grids[i] = picture.patches, picture.grid
+            cells = len(picture.patches) // sizes.cell
+            places[at : at + cells] = i * room // sizes.cell + np.arange(cells)
+        known = vision.places(grids, sizes, room)
+        return text.look(self._nets, self._params["visual"], self._levels, pixels, known), places
+
+    def _positions(
+        self, tokens: int, pictures: list[tuple[int, Picture]], start: int
+    ) -> tuple[np.ndarray, int]:
+        if self._cfg is None:
+            plain = np.arange(start, start + tokens, dtype=np.int32)
+            return np.repeat(plain[:, None], 3, axis=1), start + tokens
+        # by where pictures are, not by token: a model may sample an image token
+        marks = np.full(tokens, -1)
+        for at, picture in pictures:
+            marks[at : at + len(picture.patches) // self._cfg.vision.cell] = self._cfg.image_token
+        return position_ids(marks, [p.grid for _, p in pictures], self._cfg, start)
 
     def _new(self, ids, positions, places, offset: int) -> text.New:
         size = power(len(ids), _LEAST)

@@ -70,7 +70,7 @@ class LocalVlm:
         self.engine = Engine(
             nets,
             params,
-            Reader(nets, params, cfg),
+            Reader(nets, params, cfg, processor.levels()),
             self._grammars,
             context=self.context,
             cache_bytes=budget,

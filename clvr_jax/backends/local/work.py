@@ -19,6 +19,7 @@ from clvr_jax.backends.protocol import (
     Usage,
 )
 from clvr_jax.generate import text
+from clvr_jax.generate.sampling import Sampling
 from clvr_jax.models.qwen3_vl.processor import Turn
 
 
@@ -109,7 +110,7 @@ class Work:
             limit=one(self.limit, np.int32),
             stops=stops,
             active=one(True, bool),
-            sampling=text.Sampling(
+            sampling=Sampling(
                 temperature=one(o.temperature, np.float32),
                 top_k=one(min(o.top_k, vocab), np.int32),
                 top_p=one(o.top_p, np.float32),

@@ -1,5 +1,7 @@
 """Keys and values of past tokens: an explicit value that programs take and give back."""
 
+from typing import Any
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -17,14 +19,14 @@ class KV:
     Heads come before places: a decode step reads each head's keys as one contiguous matrix.
     """
 
-    keys: Float[Array, "b g m k"]
-    values: Float[Array, "b g m k"]
+    keys: Any
+    values: Any
 
     def write(
         self,
-        keys: Float[Array, "b l g k"],
-        values: Float[Array, "b l g k"],
-        offset: Int[Array, "b"],
+        keys: Any,
+        values: Any,
+        offset: Any,
     ) -> "KV":
         """Return the cache with `l` new tokens from place `offset` of each row on.
 

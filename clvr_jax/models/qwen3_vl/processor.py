@@ -131,6 +131,15 @@ class Processor:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def levels(self) -> np.ndarray | None:
+        """Return (channel, 256) float32: every grey level as transformers normalises it."""
+        if self.images is None:
+            return None
+        grey = np.tile(np.arange(256, dtype=np.uint8), (3, 1))[:, None]
+        scaled = self.images.rescale(grey, self.images.rescale_factor)
+        mean, std = self.images.image_mean, self.images.image_std
+        return np.asarray(self.images.normalize(scaled, mean, std), np.float32)[:, 0]
+
     def picture(self, image: Image.Image) -> Picture:
         """Resize an image as the checkpoint's preprocessor_config.json says, and cut it.
 
