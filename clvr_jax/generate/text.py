@@ -245,16 +245,25 @@ def decode(
             step=step,
             active=rows.active & ~ended,
         )
-        return i + 1, rows, out
+        return i + 1, _settled(rows), out
 
     going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)
     _, rows, out = jax.lax.while_loop(going, body, (jnp.int32(0), rows, out))
     return rows, out.replace(active=rows.active)
 
 
-def empty_cache(nets: Networks, rows: int, places: int, dtype: Any) -> tuple[KV, ...]:
-    """Return an empty cache of `rows` sequences, spread over the mesh if there is one."""
-    return _empty(nets.language.cfg, rows, places, jnp.dtype(dtype))
+def empty_cache(nets: Networks, rows: int, places: int, like: jax.Array) -> tuple[KV, ...]:
+    """Return an empty cache of `rows` sequences, spread over the mesh if there is one.
+
+    Args:
+      nets: the networks.
+      rows: sequences.
+      places: tokens of each.
+      like: a parameter, whose type and device it takes.
+    """
+    made = _empty(nets.language.cfg, rows, places, like.dtype)
+    # bound to its device, as later caches are: else the first programs would be compiled twice
+    return jax.device_put(made, like.sharding) if len(like.devices()) == 1 else made
 
 
 def regroup(rows: Rows, index: np.ndarray, places: int) -> Rows:
@@ -262,8 +271,8 @@ def regroup(rows: Rows, index: np.ndarray, places: int) -> Rows:
     index = jnp.asarray(index, jnp.int32)
     chosen = jnp.maximum(index, 0)
     longer = resize(rows.cache, chosen, places)
-    rest = _take(rows.replace(cache=()), chosen)
-    return rest.replace(cache=longer, active=rest.active & (index >= 0))
+    rest = _take(rows.replace(cache=()), chosen, index >= 0)
+    return rest.replace(cache=longer)
 
 
 def resize(cache: Sequence[KV], rows: Int[Array, "b"] | None, places: int) -> tuple[KV, ...]:
@@ -275,13 +284,19 @@ def resize(cache: Sequence[KV], rows: Int[Array, "b"] | None, places: int) -> tu
 def insert(rows: Rows, one: Rows, row: Int[Array, ""]) -> Rows:
     """Return a batch with a single sequence, whose cache has no more places, as one of its rows."""
     put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (row, *(0,) * (old.ndim - 1)))
-    return jax.tree.map(put, rows, one)
+    return _settled(jax.tree.map(put, rows, one))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def settle(rows: Rows) -> Rows:
+    """Return a batch where `decode` will leave it, so that the same program takes it again."""
+    return _settled(rows)
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def extract(cache: tuple[KV, ...], row: Int[Array, ""], places: int) -> tuple[KV, ...]:
     """Return the cache of one row of a batch, its first places."""
-    take = lambda x: jax.lax.dynamic_index_in_dim(x[:, :, :places], row, axis=0)
+    take = lambda x: _spread(jax.lax.dynamic_index_in_dim(x[:, :, :places], row, axis=0))
     return jax.tree.map(take, cache)
 
 
@@ -316,8 +331,16 @@ def _resize(kv: KV, rows, places: int) -> KV:
 
 
 @jax.jit
-def _take(tree, index):
-    return jax.tree.map(lambda x: jnp.take(x, index, axis=0), tree)
+def _take(rows: Rows, index, real) -> Rows:
+    rows = jax.tree.map(lambda x: jnp.take(x, index, axis=0), rows)
+    return _settled(rows.replace(active=rows.active & real))
+
+
+def _settled(rows: Rows) -> Rows:
+    """The cache spread over the mesh, everything else whole on every device."""
+    cache = jax.tree.map(_spread, rows.cache)
+    rest = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), rows.replace(cache=()))
+    return rest.replace(cache=cache)
 
 
 def _spread(x):

@@ -31,14 +31,27 @@ class Linear(nn.Module):
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "..."]:
         features = (self.features,) if isinstance(self.features, int) else self.features
         kernel = self.param("kernel", fan_in_init, (x.shape[-1], *features))
-        y = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
+        if self.bias:
+            bias = self.param("bias", nn.initializers.zeros, features)
+            y = biased_product(x, kernel.astype(x.dtype), bias)
+        else:
+            y = jnp.tensordot(x, kernel.astype(x.dtype), axes=1)
         if self.has_variable("lora", "a"):
             a = self.get_variable("lora", "a").astype(x.dtype)
             b = self.get_variable("lora", "b").astype(x.dtype)
             y += jnp.tensordot(x @ a, b, axes=1)
-        if self.bias:
-            y += self.param("bias", nn.initializers.zeros, features).astype(x.dtype)
         return y
+
+
+def biased_product(x: Float[Array, "*batch i"], kernel: Array, bias: Array) -> Array:
+    """Return x @ kernel + bias in x's dtype, the bias added before the result is rounded to it.
+
+    On GPUs this is left to the product's own epilogue, which adds before rounding as well.
+    """
+    gpu = jax.default_backend() == "gpu"
+    wide = x.dtype if gpu else jnp.promote_types(x.dtype, jnp.float32)
+    y = jnp.tensordot(x, kernel, axes=1, preferred_element_type=wide)
+    return (y + bias.astype(wide)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):

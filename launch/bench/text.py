@@ -95,7 +95,7 @@ class Bench:
         seq = self.read(self.case.prompt)
         endless = Options(max_tokens=2**30)
         work = Work(seq, None, endless, None, None, (), endless.max_tokens, None)
-        one = work.row(self.scores, self.cfg.text.vocab, seq.cache)
+        one = text.settle(work.row(self.scores, self.cfg.text.vocab, seq.cache))
         return text.regroup(one, np.zeros(b, np.int32), places)
 
     def decoder(self, b: int, calls: int) -> Callable[[], np.ndarray]:

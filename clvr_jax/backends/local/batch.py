@@ -49,7 +49,7 @@ class Batch:
 
     def add(self, work: Work, scores, cache: tuple[KV, ...]) -> None:
         """Take in a turn whose conversation has been read."""
-        one = work.row(scores, self._vocab, cache)
+        one = text.settle(work.row(scores, self._vocab, cache))
         places = cache[0].keys.shape[2]
         if self._rows is None:
             self._rows, self._slots = one, [work]

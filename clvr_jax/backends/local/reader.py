@@ -36,13 +36,13 @@ class Reader:
         levels: np.ndarray | None,
     ):
         self._nets, self._params, self._cfg, self._levels = nets, params, cfg, levels
-        leaves = jax.tree.leaves(params["language"])
-        self._dtype = leaves[0].dtype
+        self._like = params["language"]["norm"]["scale"]
 
     def read(self, seq: Sequence, stop: int | None = None) -> jax.Array:
         """Read what is not cached, up to index `stop`; return the scores (1, vocab) after it."""
+        stop = len(seq) if stop is None else stop
         ids = np.asarray(seq.ids[seq.cached : stop], np.int32)
-        pictures = [(at - seq.cached, p) for at, p in seq.pictures if at >= seq.cached]
+        pictures = [(at - seq.cached, p) for at, p in seq.pictures if seq.cached <= at < stop]
         positions, after = self._positions(len(ids), pictures, seq.position)
         features, places = self.look(len(ids), pictures)
         scores = None
@@ -134,7 +134,7 @@ class Reader:
         """The sequence's cache with room for `new` more tokens, padding included."""
         places = bucket((seq.cached if offset is None else offset) + new)
         if seq.cache is None:
-            return text.empty_cache(self._nets, 1, places, self._dtype)
+            return text.empty_cache(self._nets, 1, places, self._like)
         if seq.cache[0].keys.shape[2] >= places:
             return seq.cache
         return text.resize(seq.cache, None, places)

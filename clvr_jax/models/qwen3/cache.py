@@ -76,7 +76,7 @@ def attend_cached(
 
 
 def empty(
-    layers: int, rows: int, heads: int, places: int, width: int, dtype: jnp.dtype
+    layers: int, rows: int, heads: int, places: int, width: int, dtype: Any
 ) -> tuple[KV, ...]:
     """Return an empty cache of every layer: `rows` sequences of `places` tokens."""
     make = lambda: jnp.zeros((rows, heads, places, width), dtype)

@@ -218,7 +218,10 @@ def angles(
     """
     # float32: bfloat16 rounds position 257 to 256
     exponent = np.arange(0, cfg.head_width, 2, dtype=np.float32) / np.float32(cfg.head_width)
-    frequencies = np.float32(1) / np.float32(cfg.rope_theta) ** exponent
+    # the power rounded once from float64, as torch's nearly always is: at position 30,000 the last
+    # bit of a frequency is 7e-5 of the logits
+    power = np.float64(cfg.rope_theta) ** exponent.astype(np.float64)
+    frequencies = np.float32(1) / power.astype(np.float32)
     if positions.ndim == 2:
         return positions.astype(jnp.float32)[..., None] * frequencies
     places = positions.astype(jnp.float32)

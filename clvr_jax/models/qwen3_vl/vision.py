@@ -14,7 +14,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.kernels.attention import attend
-from clvr_jax.models.layers import LayerNorm, Linear, stack
+from clvr_jax.models.layers import LayerNorm, Linear, biased_product, stack
 from clvr_jax.models.qwen3.decoder import rotate_half
 from clvr_jax.models.qwen3_vl.config import VISION_EPS, VISION_ROPE_THETA, VisionConfig
 from clvr_jax.parallel import constrain
@@ -99,7 +99,7 @@ class PatchEmbed(nn.Module):
         if patches.shape[-1] * c.temporal_patch == c.patch_width:
             kernel = jnp.sum(kernel.astype(jnp.float32), axis=1)
         kernel = kernel.reshape(-1, c.width).astype(patches.dtype)
-        return jnp.tensordot(patches, kernel, axes=1) + bias.astype(patches.dtype)
+        return biased_product(patches, kernel, bias)
 
 
 class PositionTable(nn.Module):
@@ -185,7 +185,8 @@ def angles(rows: Int[Array, "b p 2"], cfg: VisionConfig) -> Float[Array, "b p ha
     """Return rotary angles: the first half of the frequencies turns with the row."""
     half = cfg.head_width // 2
     exponent = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    frequencies = np.float32(1) / np.float32(VISION_ROPE_THETA) ** exponent
+    power = np.float64(VISION_ROPE_THETA) ** exponent.astype(np.float64)  # rounded once
+    frequencies = np.float32(1) / power.astype(np.float32)
     turns = rows.astype(jnp.float32)[..., None] * frequencies
     return einops.rearrange(turns, "b p two j -> b p (two j)")
 
