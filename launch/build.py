@@ -217,23 +217,22 @@ def use_mesh(mesh: Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
+def describe_tree(name: str, tree: Params, mesh: Mesh | None) -> int:
+    """Print parameters of a tree and, on a mesh, each leaf's sharding; return bytes per device."""
+    flat, size = flatten(tree), 0
+    chosen, notes = ({}, {}) if mesh is None else parallel.specs(tree, mesh)
+    for path, leaf in flat.items():
+        shape = leaf.shape
+        if mesh is not None:
+            shape = NamedSharding(mesh, chosen[path]).shard_shape(shape)
+            print(f"  {name}/{path} {leaf.shape} {chosen[path]}", *notes.get(path, []))
+        size += math.prod(shape) * leaf.dtype.itemsize
+    print(f"{name}: {count(tree):,} parameters, {size / 2**30:.2f} GiB per device")
+    return size
+
+
 def describe(nets: Networks, layout: Layout, dtype: Any, mesh: Mesh | None) -> None:
     """Print parameters, bytes per device and, on a mesh, the sharding of every leaf."""
-    total = 0
-    for name, tree in abstract(nets, dtype).items():
-        ways: dict[str, int] = {}
-        if mesh is not None:
-            chosen, notes = parallel.specs(tree, mesh)
-            for path, spec in chosen.items():
-                local = NamedSharding(mesh, spec).shard_shape(flatten(tree)[path].shape)
-                ways[path] = math.prod(flatten(tree)[path].shape) // math.prod(local)
-                print(f"  {name}/{path} {flatten(tree)[path].shape} {spec}", *notes.get(path, []))
-        flat = flatten(tree)
-        size = sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize // ways.get(path, 1)
-            for path, leaf in flat.items()
-        )
-        total += size
-        print(f"{name}: {count(tree):,} parameters, {size / 2**30:.2f} GiB per device")
+    total = sum(describe_tree(name, tree, mesh) for name, tree in abstract(nets, dtype).items())
     print(f"weights: {total / 2**30:.2f} GiB per device")
     print(f"sequence: {layout.text} text + {layout.image_tokens} image tokens, {layout.pattern}")

@@ -3,23 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from clvr_jax import parallel
 from clvr_jax.backends.local import LocalVlm
 from clvr_jax.generate.text import Networks
-from clvr_jax.models.qwen3 import config as qwen3
+from clvr_jax.kernels.attention import IMPLEMENTATIONS
 from clvr_jax.models.qwen3 import language, serving
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.models.qwen3.language import LanguageModel
-from clvr_jax.models.qwen3_vl import config as qwen3_vl
 from clvr_jax.models.qwen3_vl import model, processor, vision
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
 from clvr_jax.typing import Params
 from conversion import detect
 from conversion.components import Component
 from conversion.load import load
+from launch import build
 
 
 def find(source: str) -> Component:
@@ -61,6 +61,12 @@ def prepare(cfg: Qwen3VLConfig | Qwen3Config, params: Params, mesh: Mesh | None)
     return {**prepared, "visual": params["visual"]} if sees else prepared
 
 
+def abstract(cfg: Qwen3VLConfig | Qwen3Config, dtype: Any) -> Params:
+    """Return a model's parameters as shapes, stacked."""
+    make = model if isinstance(cfg, Qwen3VLConfig) else language
+    return make.abstract_params(cfg, dtype)
+
+
 def load_vlm(
     component: Component,
     *,
@@ -85,14 +91,15 @@ def load_vlm(
     Raises:
       ValueError: an option is unknown, or a file does not fit.
     """
+    if attention not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attention is {attention!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
     cfg = component.config
     sees = isinstance(cfg, Qwen3VLConfig)
     folder = component.path.parent if component.layout == "orbax" else component.path
     reads = processor.load(folder, cfg.vision if sees else None, **(template_options or {}))
-    abstract = model.abstract_params(cfg, dtype) if sees else language.abstract_params(cfg, dtype)
-    places = parallel.shardings(abstract, mesh) if mesh is not None else None
-    stacked = (qwen3_vl if sees else qwen3).STACKED
-    params = prepare(cfg, load(component.open(), abstract, stacked, places), mesh)
+    tree = abstract(cfg, dtype)
+    places = parallel.shardings(tree, mesh) if mesh is not None else None
+    params = prepare(cfg, load(component.open(), tree, component.stacked, places), mesh)
     return LocalVlm(
         name or Path(folder).resolve().name,
         networks(cfg, attention),
@@ -104,8 +111,35 @@ def load_vlm(
     )
 
 
-def parameter_bytes(cfg: Qwen3VLConfig | Qwen3Config, dtype: Any) -> int:
-    """Return the bytes of a model's parameters."""
-    sees = isinstance(cfg, Qwen3VLConfig)
-    tree = model.abstract_params(cfg, dtype) if sees else language.abstract_params(cfg, dtype)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+def from_config(source: str, config: Any, name: str = "") -> LocalVlm:
+    """Return the model at a path or hub id under a config of configs/vlm.py.
+
+    Raises:
+      FileNotFoundError, ValueError: nothing is there, it is no such model, or it does not fit.
+    """
+    return load_vlm(
+        find(source),
+        dtype=build.resolve_dtype(config.dtype),
+        mesh=build.make_mesh(config.mesh),
+        attention=config.attention,
+        name=name,
+        template_options=dict(config.template),
+        context=config.context,
+        cache_bytes=int(config.cache_gib * 2**30) if config.cache_gib > 0 else None,
+        max_rows=config.max_rows,
+    )
+
+
+def describe(source: str, config: Any) -> None:
+    """Print parameters, bytes per device and what a conversation costs, without reading tensors."""
+    component = find(source)
+    cfg, dtype = component.config, jnp.dtype(build.resolve_dtype(config.dtype))
+    mesh = build.make_mesh(config.mesh)
+    text = cfg.text if isinstance(cfg, Qwen3VLConfig) else cfg
+    total = build.describe_tree("vlm", abstract(cfg, dtype), mesh)
+    print(f"weights: {total / 2**30:.2f} GiB per device")
+    token = 2 * text.layers * text.kv_heads * text.head_width * dtype.itemsize
+    print(
+        f"cache: {token:,} bytes a token, {token * config.context / 2**30:.2f} GiB for a "
+        f"conversation of {config.context:,} tokens, all devices together"
+    )

@@ -20,7 +20,11 @@ class InvalidRequest(ValueError):
 
 
 class Overloaded(RuntimeError):
-    """The backend has too much to do or has been closed; the same request may succeed later."""
+    """The backend has too much to do now; the same request may succeed later."""
+
+
+class Closed(Overloaded):
+    """The model or the session has been closed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Options:
         and multiplies negative ones; 1 is none.
       presence_penalty: subtracted once from logits of tokens that this turn has generated.
       frequency_penalty: subtracted as often as this turn has generated them.
-      seed: of the sampling; None draws one.
+      seed: of the sampling, any whole number of 64 bits; None draws one.
       stop: texts at whose first occurrence the turn ends; they are not part of the reply.
       schema: a JSON schema that the text must satisfy.
       grammar: a grammar in Lark syntax (llguidance's) that the text must follow.
@@ -258,7 +262,7 @@ class Session(Protocol):
         """Append messages and begin to generate the assistant's turn.
 
         May take as long as preparing the pictures takes. A failed turn leaves the session as it
-        was before.
+        was before. A reply's done callback may submit the next turn.
 
         Args:
           messages: what is new. Empty continues the last assistant turn where it stopped (local
@@ -311,6 +315,10 @@ class Vlm(Protocol):
 
     def start(self) -> Session:
         """Return a new, empty conversation."""
+        ...
+
+    def load(self) -> dict[str, int]:
+        """Return at least how many turns are "running" and "waiting"."""
         ...
 
     def close(self) -> None:

@@ -58,6 +58,7 @@ def make_app(vlm: Vlm, limits: Limits, api_key: str | None) -> Starlette:
                 "model": vlm.name,
                 "running": chat.running,  # the backend has them
                 "waiting": chat.accepted - chat.running,  # being received and prepared
+                "backend": vlm.load(),
                 "kept_conversations": len(chat.conversations),
                 "uptime_s": round(time.time() - started, 3),
                 "version": __version__,

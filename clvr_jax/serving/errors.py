@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from clvr_jax.backends.protocol import InvalidRequest, Overloaded
+from clvr_jax.backends.protocol import Closed, InvalidRequest, Overloaded
 
 LOG = logging.getLogger("clvr_jax.serving")
 
@@ -58,6 +58,8 @@ def error_of(error: BaseException) -> ApiError:
         return ApiError(error.status_code, text, headers=error.headers)
     if isinstance(error, InvalidRequest):
         return invalid(str(error))
+    if isinstance(error, Closed):
+        return ApiError(503, str(error), code="unavailable")
     if isinstance(error, Overloaded):
         return ApiError(429, str(error), code="overloaded", headers={"retry-after": "1"})
     if isinstance(error, TimeoutError):

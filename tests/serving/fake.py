@@ -152,6 +152,9 @@ class FakeVlm:
     def start(self):
         return FakeSession(self)
 
+    def load(self):
+        return {"running": len(self.open), "waiting": 0}
+
     def close(self):
         pass
 

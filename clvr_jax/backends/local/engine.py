@@ -22,7 +22,7 @@ from clvr_jax.backends.local.grammar import Grammars
 from clvr_jax.backends.local.reader import PIECE, Reader
 from clvr_jax.backends.local.sequence import Sequence, bucket
 from clvr_jax.backends.local.work import Work
-from clvr_jax.backends.protocol import InvalidRequest, Overloaded
+from clvr_jax.backends.protocol import Closed, InvalidRequest
 from clvr_jax.generate import text
 from clvr_jax.typing import Params
 
@@ -83,11 +83,11 @@ class Engine:
         """Queue a turn.
 
         Raises:
-          Overloaded: the engine is closed.
+          Closed: the engine is closed.
         """
         with self._changed:
             if self._closing:
-                raise Overloaded("the model has been closed")
+                raise Closed("the model has been closed")
             self._waiting.append(work)
             self._changed.notify()
 
@@ -96,7 +96,7 @@ class Engine:
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._changed:
             if self._closing:
-                raise Overloaded("the model has been closed")
+                raise Closed("the model has been closed")
             self._calls.append((function, future))
             self._changed.notify()
         return future.result()
@@ -153,7 +153,7 @@ class Engine:
                 self._do_calls()
                 self._admit()
                 self._decode()
-        self._fail_all(Overloaded("the model has been closed"))
+        self._fail_all(Closed("the model has been closed"))
 
     def _do_calls(self) -> None:
         while self._calls:

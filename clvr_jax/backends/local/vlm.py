@@ -13,6 +13,7 @@ from clvr_jax.backends.local.reader import Reader
 from clvr_jax.backends.local.sequence import Sequence
 from clvr_jax.backends.local.work import Pending, Work
 from clvr_jax.backends.protocol import (
+    Closed,
     InvalidRequest,
     Message,
     OnText,
@@ -39,14 +40,13 @@ class LocalVlm:
       params: `{"language": ..., "visual": ...}`, the language model's prepared for serving.
       processor: of the checkpoint.
       cfg: sizes and special tokens of a model that sees, None for a text-only one.
-      context: most tokens of a conversation; None for what the checkpoint declares, or what the
-        cache budget holds if that is less.
+      context: most tokens of a conversation; None for what the checkpoint declares.
       cache_bytes: for all keys and values; None for most of the memory that is free.
       max_rows: most turns generated at once; a power of two.
       mesh: where the parameters are spread, None for one device.
 
     Raises:
-      ValueError: the budget does not hold one conversation.
+      ValueError: the context is longer than the checkpoint's, or the budget does not hold it.
     """
 
     def __init__(
@@ -66,7 +66,12 @@ class LocalVlm:
         self.name, self.processor = name, processor
         self._grammars = Grammars(processor.tokenizer, language.vocab, processor.stops[0])
         budget = _free_memory() if cache_bytes is None else cache_bytes
-        self.context = min(context or 32768, language.max_positions)
+        self.context = language.max_positions if context is None else context
+        if not 1 < self.context <= language.max_positions:
+            raise ValueError(
+                f"the context is {self.context} tokens, the checkpoint's positions end at "
+                f"{language.max_positions}"
+            )
         self.engine = Engine(
             nets,
             params,
@@ -81,6 +86,10 @@ class LocalVlm:
     def start(self) -> "LocalSession":
         """Return a new, empty conversation."""
         return LocalSession(self)
+
+    def load(self) -> dict[str, int]:
+        """Return how many turns run and wait, and what the caches take."""
+        return self.engine.load()
 
     def close(self) -> None:
         """Cancel what runs and refuse new work."""
@@ -179,7 +188,7 @@ class LocalSession:
 
     def _idle(self) -> None:
         if self._sequence.closed:
-            raise Overloaded("the session has been closed")
+            raise Closed("the session has been closed")
         if self._sequence.running:
             raise Overloaded("the session's last turn is not done; wait for its result")
 

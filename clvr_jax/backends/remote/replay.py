@@ -73,6 +73,10 @@ class Replay:
         jpeg_quality = int(quality) if kind == "jpeg" else None
         return Conversation(self._workers, self._request, self._answer, jpeg_quality)
 
+    def load(self) -> dict[str, int]:
+        """Return how many turns are being answered and how many wait."""
+        return self._workers.load()
+
     def close(self) -> None:
         """Refuse new work; may be called twice."""
         self._workers.close()

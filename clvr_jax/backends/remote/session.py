@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from clvr_jax.backends.protocol import (
+    Closed,
     InvalidRequest,
     Message,
     OnText,
@@ -98,7 +99,7 @@ class Workers:
           on_closed: called once, when this was closed and the last turn has ended.
         """
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="remote-vlm")
-        self._name = name
+        self._name, self._threads = name, threads
         self._on_closed = on_closed
         self._lock = threading.Lock()
         self._turns: set[Turn] = set()
@@ -108,7 +109,7 @@ class Workers:
         """Work on `turn` as soon as a thread is free.
 
         Raises:
-          Overloaded: this was closed.
+          Closed: this was closed.
         """
         with self._lock:
             self.check_open()
@@ -117,9 +118,16 @@ class Workers:
         turn.add_done_callback(self._done)
 
     def check_open(self) -> None:
-        """Raise Overloaded if this was closed."""
+        """Raise Closed if this was closed."""
         if self._closed:
-            raise Overloaded(f"{self._name} has been closed")
+            raise Closed(f"{self._name} has been closed")
+
+    def load(self) -> dict[str, int]:
+        """Return how many turns are worked on and how many wait for a thread."""
+        with self._lock:
+            turns = len(self._turns)
+        running = min(turns, self._threads)
+        return {"running": running, "waiting": turns - running}
 
     def close(self) -> None:
         """Refuse new turns and cancel all; does not wait for those that are being answered."""
@@ -193,7 +201,7 @@ class Conversation:
         submitted = time.monotonic()
         with self._lock:
             if self._closed:
-                raise Overloaded("the session has been closed")
+                raise Closed("the session has been closed")
             if self._turn is not None:
                 raise Overloaded(
                     "the session's last turn is still being generated; wait for its result, or "

@@ -68,6 +68,10 @@ class RemoteVlm:
         """Return what was used so far, as a snapshot."""
         return self._ledger.totals()
 
+    def load(self) -> dict[str, int]:
+        """Return how many turns are being answered and how many wait."""
+        return self._workers.load()
+
     def close(self) -> None:
         """Refuse new work and cancel what runs; may be called twice.
 
