@@ -232,3 +232,23 @@ def test_cudnn_is_given_joined_keys_as_one_array(monkeypatch):
     assert seen == [((2, 58, 2, 16), False)]
     whole = attend(q, [k, k[:, :5]], [v, v[:, :5]], implementation="reference")
     np.testing.assert_allclose(out, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_an_offset_moves_the_causal_edge(many_blocks, name, kv_heads):
+    """Queries that continue rows of 0, 5 and 11 cached keys, each row's later keys unseen."""
+    q, k, v = operands(b=3, queries=20, keys=40, kv_heads=kv_heads)
+    offset = jnp.array([0, 5, 11])
+    out = attend(q, k, v, causal=True, offset=offset, implementation=name)
+    for row, start in enumerate([0, 5, 11]):
+        padded = jnp.zeros((1, start + 20, *q.shape[2:])).at[:, start:].set(q[row : row + 1])
+        keys, values = (x[row : row + 1, : start + 20] for x in (k, v))
+        exact = definition(padded, keys, values, causal=True)[:, start:]
+        assert error(out[row : row + 1], exact) < 1e-6
+
+
+def test_an_offset_needs_the_causal_edge():
+    q, k, v = operands()
+    with pytest.raises(ValueError, match="needs causal=True"):
+        attend(q, k, v, offset=jnp.zeros(2, jnp.int32))
