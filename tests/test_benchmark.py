@@ -1,6 +1,7 @@
 """The benchmark's counts, weights and reports; its commands at toy size."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from clvr_jax.kernels import attention
 from clvr_jax.models.flux2.config import STACKED, TRANSFORMER_VARIANTS, VAE_VARIANTS
 from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.qwen3.config import VARIANTS
+from clvr_jax.models.qwen3_vl.config import VARIANTS as VLMS
 from clvr_jax.tree import flatten
 from launch import benchmark, validate_kernels
 from launch.bench import attention as kernel_cases
-from launch.bench import flops, image, machine, rivals, timing
+from launch.bench import flops, image, machine, rivals, text, timing
 from launch.bench.weights import layer_reader, random_params
 
 SMALL = Settings(height=32, width=48, steps=2, text_tokens=16)
@@ -61,6 +63,33 @@ def test_flops_of_the_other_networks():
     for variant, tflop in (("qwen3_4b", 2.85), ("qwen3_8b", 5.39)):
         cfg = dataclasses.replace(VARIANTS[variant], layers=27)
         assert flops.text_encoder(cfg, 512) / 1e12 == pytest.approx(tflop, abs=0.005)
+
+
+def test_flops_and_bytes_of_the_vision_language_model():
+    cfg = VLMS["qwen3_vl_8b"]
+    assert flops.vision(cfg.vision, 4096) / 1e12 == pytest.approx(5.80, rel=0.02)
+    assert flops.text_encoder(cfg.text, 1100) / 1e12 == pytest.approx(15.6, rel=0.02)
+    assert text.decode_bytes(cfg.text, 2) / 1e9 == pytest.approx(15.136, rel=1e-3)
+    assert text.cache_bytes(cfg.text, 2) == 147_456
+
+
+def test_the_text_benchmark_writes_its_report(tmp_path):
+    out = tmp_path / "text.json"
+    flags = ["--model=toy", "--dtype=float32", "--prompt=40", "--turn=20", "--picture=64"]
+    peer = ["--peer=transformers"] if importlib.util.find_spec("torch") else []
+    status = benchmark.main(
+        ["text", *flags, *peer, "--batch", "1", "3", "--repeat=2", f"--out={out}"]
+    )
+    assert status == 0
+    report = json.loads(out.read_text())
+    assert report["environment"]["command"].startswith("python -m launch.benchmark")
+    for name in ("look", "prefill", "decode 16 tokens, batch 1", "decode 16 tokens, batch 3"):
+        sides = report["parts"][name]
+        assert sides["ours"]["tokens_per_s"] > 0 and 0 < sides["ours"]["share_of_limit"] < 1.5
+        if peer:
+            assert sides["transformers"]["ratio"] > 0
+            assert sides.get("same_tokens", 1.0) == 1.0
+    assert report["second_turn"]["anew_ms"] > 0
 
 
 def test_random_weights_keep_activations_of_order_one():

@@ -12,8 +12,11 @@ from clvr_jax import parallel
 from clvr_jax.models.flux2 import transformer, vae
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS, VAE_VARIANTS
 from clvr_jax.models.flux2.layout import Layout
-from clvr_jax.models.qwen3 import decoder, language
+from clvr_jax.models.qwen3 import decoder, language, serving
 from clvr_jax.models.qwen3.config import STACKED, VARIANTS
+from clvr_jax.models.qwen3_vl import config as qwen3_vl
+from clvr_jax.models.qwen3_vl import model as vlm
+from clvr_jax.models.qwen3_vl import vision
 from clvr_jax.tree import flatten
 from launch.bench.weights import random_params
 
@@ -22,6 +25,8 @@ ABSTRACT = {
     "transformer": transformer.abstract_params(TINY),
     "text_encoder": language.abstract_params(VARIANTS["tiny"]),
     "vae": vae.abstract_params(VAE_VARIANTS["tiny"]),
+    "vlm": vlm.abstract_params(qwen3_vl.VARIANTS["tiny"]),
+    "serving": serving.abstract(language.abstract_params(VARIANTS["tiny"]), VARIANTS["tiny"]),
 }
 
 
@@ -102,6 +107,41 @@ def test_every_parameter_has_a_rule(mesh_2x2x2, name):
         # nothing large stays on every device
         whole = [path for path, spec in chosen.items() if not any(spec) and flat[path].size > 4096]
         assert not whole
+
+
+def test_sharded_vision_equals_one_device(mesh_2x2x2):
+    cfg = qwen3_vl.VARIANTS["tiny"].vision
+    abstract = {"visual": ABSTRACT["vlm"]["visual"]}
+    one, many = place(abstract, mesh_2x2x2, qwen3_vl.STACKED)
+    given = normal(4, 24, cfg.patch_width), vision.places([(4, 6), (2, 4), (4, 4), (2, 2)], cfg, 24)
+    forward = jax.jit(lambda params, *given: vision.Vision(cfg).apply({"params": params}, *given))
+    expected = forward(one["visual"], *given)
+    with jax.set_mesh(mesh_2x2x2):
+        out = forward(many["visual"], *given)
+    assert difference(out, expected) < 3e-6
+
+
+@pytest.mark.parametrize("mesh_too", [False, True])
+def test_prepared_weights_compute_the_same(mesh_2x2x2, mesh_too):
+    """Fused, unrolled and perhaps spread: the hidden states of the stacked model."""
+    cfg = VARIANTS["tiny"]
+    params = random_params(ABSTRACT["text_encoder"], 0, STACKED)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, cfg.vocab, (2, 11)), jnp.int32)
+    places = jnp.arange(11)[None]
+    expected, _, _ = language.LanguageModel(cfg).apply({"params": params}, ids, places)
+    shardings = parallel.shardings(ABSTRACT["serving"], mesh_2x2x2) if mesh_too else None
+    ready = serving.prepare(params, cfg, shardings)
+    assert jax.tree.map(jnp.shape, ready) == jax.tree.map(jnp.shape, ABSTRACT["serving"])
+    assert params["layers"]["self_attn"]["q_proj"]["kernel"].is_deleted()
+    net = language.LanguageModel(cfg, scan=False, fused=True)
+    if mesh_too:
+        spec = ready["layers_0"]["mlp"]["gate_up_proj"]["kernel"].sharding.spec
+        assert spec == P("fsdp", None, "tensor")
+        with jax.set_mesh(mesh_2x2x2):
+            out, _, _ = jax.jit(net.apply)({"params": ready}, ids, places)
+    else:
+        out, _, _ = net.apply({"params": ready}, ids, places)
+    assert difference(out, expected) < 3e-6
 
 
 def test_no_rule_is_an_error(mesh_2x2x2):

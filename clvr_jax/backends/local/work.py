@@ -53,8 +53,8 @@ class Work:
       sequence: the conversation.
       turn: what to append first; None continues the last assistant turn.
       options: how to generate.
-      output: text so far.
-      pending: who waits.
+      output: text so far; None where nobody reads it (benchmarks).
+      pending: who waits; None likewise.
       ends: token ids that end it.
       limit: tokens that it may generate.
       matcher: its grammar, None for free text.
@@ -64,8 +64,8 @@ class Work:
     sequence: Sequence
     turn: Turn | None
     options: Options
-    output: Output
-    pending: Pending
+    output: Output | None
+    pending: Pending | None
     ends: tuple[int, ...]
     limit: int
     matcher: Matcher | None

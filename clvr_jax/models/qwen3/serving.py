@@ -28,7 +28,7 @@ def prepare(params: Params, cfg: Qwen3Config, shardings: Params | None = None) -
       shardings: of the result (`abstract` says its shapes); None leaves placement to the compiler.
     """
     params = dict(params)
-    layers = params.pop("layers")
+    layers = dict(params.pop("layers"))
     fuse = jax.jit(functools.partial(_fuse, cfg=cfg))
     apart: Params = {"layers": {}}
     for name in ("self_attn", "mlp"):  # one of them at a time: no second copy of the whole model
