@@ -37,9 +37,10 @@ class Batch:
     @property
     def size(self) -> tuple[int, int]:
         """Rows and places that exist now."""
-        if self._rows is None:
+        rows = self._rows  # once: other threads ask while the engine's changes it
+        if rows is None:
             return 0, 0
-        keys = self._rows.cache[0].keys
+        keys = rows.cache[0].keys
         return keys.shape[0], keys.shape[2]
 
     def needs(self, work: Work) -> tuple[int, int]:

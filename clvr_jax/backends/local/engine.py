@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from clvr_jax.backends.local.batch import Batch, parked_bytes
@@ -92,7 +93,13 @@ class Engine:
             self._changed.notify()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function in the engine's thread between decode calls; return its result."""
+        """Run a function in the engine's thread between decode calls; return its result.
+
+        Raises:
+          Closed: the engine is closed.
+        """
+        if threading.current_thread() is self._thread:  # e.g. a done callback
+            return function()
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._changed:
             if self._closing:
@@ -123,11 +130,12 @@ class Engine:
             self._changed.notify()
 
     def close(self) -> None:
-        """Cancel all turns and stop the thread."""
+        """Cancel all turns and stop the thread; may be called from a done callback."""
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     def score(self, seq: Sequence, continuations: list[list[int]]) -> list[Any]:
         """Return log-probabilities of the tokens of each continuation (in the engine's thread)."""
@@ -169,7 +177,7 @@ class Engine:
         while self._waiting:
             work = self._waiting[0]
             busy = bool(self._batch.works)
-            if work.pending.cancelled or work.sequence.closed:
+            if self._unwanted(work):
                 self._waiting.popleft()
                 work.begun = work.read = time.perf_counter()
                 self._finish(work)
@@ -206,7 +214,7 @@ class Engine:
 
     def _decode(self) -> None:
         for work in self._batch.works:
-            if work.pending.cancelled or work.sequence.closed:
+            if self._unwanted(work):
                 self._retire(work)
         works = self._batch.works
         if not works:
@@ -224,12 +232,19 @@ class Engine:
         if not self._waiting:
             self._batch.shrink()
 
+    def _unwanted(self, work: Work) -> bool:
+        if work.sequence.closed:
+            work.pending.cancelled = True
+        return work.pending.cancelled
+
     def _take(self, work: Work, row: int, out: text.Tokens) -> None:
         """Hand a turn its tokens; let it go when it has ended."""
         seq, ended = work.sequence, False
         emitted = out.ids[row][out.ids[row] >= 0].tolist()
         try:
             for i, token in enumerate(emitted):
+                if not np.isfinite(out.logprobs[row, i]):
+                    raise RuntimeError("the model's scores are not finite: are the weights whole?")
                 rivals = out.rivals[row, i], out.rival_logprobs[row, i]
                 work.note(self._grammars, token, float(out.logprobs[row, i]), rivals)
                 seq.cached, seq.position = seq.cached + 1, seq.position + 1

@@ -87,6 +87,8 @@ class Work:
     @property
     def places(self) -> int:
         """Cache places that the conversation may need until the turn's end."""
+        if self.prompt:  # it has begun
+            return self.prompt + self.limit
         new = 0 if self.turn is None else len(self.turn.ids)
         return len(self.sequence) + new + self.limit
 
