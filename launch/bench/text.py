@@ -98,6 +98,13 @@ class Bench:
         one = text.settle(work.row(self.scores, self.cfg.text.vocab, seq.cache))
         return text.regroup(one, np.zeros(b, np.int32), places)
 
+    def first_token(self) -> np.ndarray:
+        """Look at a picture, read the prompt, and bring the first token to the host."""
+        jax.block_until_ready(self.look())
+        rows = self.rows(1, bucket(self.case.prompt + text.CHUNK))
+        _, out = text.decode(self.nets, self.params["language"], rows, 1, np.ones(1, bool))
+        return np.asarray(out.ids)
+
     def decoder(self, b: int, calls: int) -> Callable[[], np.ndarray]:
         """Return a call that continues a batch by CHUNK tokens each time."""
         # a call beyond the room that was made would be wrong, not only slow
@@ -159,6 +166,7 @@ def run(case: Case, repeat: int, peer: bool, threads: int | None = None) -> dict
         flop=flops.text_encoder(cfg.text, case.prompt),
         tokens=case.prompt,
     )
+    part("picture and prompt to first token", {"ours": bench.first_token}, tokens=1)
     second = lambda: bench.read(case.turn, bench.read(case.prompt)).cache
     part("two turns, cache kept", {"ours": second}, tokens=case.prompt + case.turn)
     first = report["parts"]["prefill"]["ours"]["median_ms"]
