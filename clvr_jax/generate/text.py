@@ -267,23 +267,35 @@ def empty_cache(nets: Networks, rows: int, places: int, like: jax.Array) -> tupl
 
 
 def regroup(rows: Rows, index: np.ndarray, places: int) -> Rows:
-    """Return a batch of chosen rows, -1 for empty ones, with `places` places each."""
+    """Return a batch of chosen rows, -1 for empty ones, with `places` places each.
+
+    The given one's cache is freed layer by layer: there is no room for both.
+    """
     index = jnp.asarray(index, jnp.int32)
     chosen = jnp.maximum(index, 0)
-    longer = resize(rows.cache, chosen, places)
     rest = _take(rows.replace(cache=()), chosen, index >= 0)
-    return rest.replace(cache=longer)
+    cache = []
+    for kv in rows.cache:
+        cache.append(_resize(kv, chosen, places))
+        kv.keys.delete()
+        kv.values.delete()
+    return rest.replace(cache=tuple(cache))
 
 
-def resize(cache: Sequence[KV], rows: Int[Array, "b"] | None, places: int) -> tuple[KV, ...]:
-    """Return a cache with chosen rows (None: all) and `places` places, layer by layer."""
-    return tuple(_resize(kv, rows, places) for kv in cache)
+def resize(cache: Sequence[KV], places: int) -> tuple[KV, ...]:
+    """Return a cache with `places` places, layer by layer."""
+    return tuple(_resize(kv, None, places) for kv in cache)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def insert(rows: Rows, one: Rows, row: Int[Array, ""]) -> Rows:
     """Return a batch with a single sequence, whose cache has no more places, as one of its rows."""
-    put = lambda old, new: jax.lax.dynamic_update_slice(old, new, (row, *(0,) * (old.ndim - 1)))
+
+    def put(old, new):
+        # the whole row: what an earlier sequence left may be no number, and 0 * nan is nan
+        new = jnp.pad(new, [(0, 0), *((0, a - b) for a, b in zip(old.shape[1:], new.shape[1:]))])
+        return jax.lax.dynamic_update_slice(old, new, (row, *(0,) * (old.ndim - 1)))
+
     return _settled(jax.tree.map(put, rows, one))
 
 

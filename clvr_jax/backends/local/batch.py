@@ -1,7 +1,6 @@
 """The turns that are being generated together: rows come, go, and get more places."""
 
-import time
-
+import jax
 import numpy as np
 
 from clvr_jax.backends.local import grammar
@@ -43,10 +42,19 @@ class Batch:
         keys = rows.cache[0].keys
         return keys.shape[0], keys.shape[2]
 
-    def needs(self, work: Work) -> tuple[int, int]:
-        """Return rows and places that the batch may need, to their ends, with one more turn."""
-        works = [*self.works, work]
-        return power(len(works)), max(bucket(w.places + 1) for w in works)
+    @property
+    def broken(self) -> bool:
+        """Whether a failed call has taken rows with it."""
+        return self._rows is not None and any(x.is_deleted() for x in jax.tree.leaves(self._rows))
+
+    def needs(self, work: Work | None = None) -> tuple[int, int]:
+        """Return rows, and places of all rows, that the turns and one more may come to need."""
+        count, have = self.size
+        most = [w.grown for w in self.works]
+        if work is not None:
+            most.append(work.alone)
+        rows = power(len(most)) if most else 0
+        return rows, max(rows * max(most, default=0), count * have)
 
     def add(self, work: Work, scores, cache: tuple[KV, ...]) -> None:
         """Take in a turn whose conversation has been read."""
@@ -55,11 +63,9 @@ class Batch:
         if self._rows is None:
             self._rows, self._slots = one, [work]
             return
-        count, have = self.size
-        if None not in self._slots:
-            self._regroup([*range(count), *[-1] * count], max(have, places))
-        elif places > have:
-            self._regroup(list(range(count)), places)
+        _, have = self.size
+        if None not in self._slots or places > have:
+            self._pack(len(self.works) + 1, places)
         at = self._slots.index(None)
         self._rows = text.insert(self._rows, one, at)
         self._slots[at] = work
@@ -70,9 +76,9 @@ class Batch:
         constrained = any(work.matcher is not None for work in works)
         tokens = 1 if constrained else min(tokens, text.CHUNK)
         longest = max(work.sequence.cached for work in works)
-        count, have = self.size
+        _, have = self.size
         if longest + tokens > have:
-            self._regroup(list(range(count)), bucket(longest + text.CHUNK))
+            self._pack(len(works))
         rivals = max((work.options.logprobs or 0 for work in works), default=0)
         self._rows, out = text.decode(
             self._nets,
@@ -104,32 +110,34 @@ class Batch:
         have = rows.cache[0].keys.shape[2]
         return text.extract(rows.cache, at, min(bucket(work.sequence.cached), have))
 
-    def shrink(self) -> None:
-        """Give up rows that few turns would leave empty."""
-        count, _ = self.size
+    def shrink(self, tight: bool = False) -> None:
+        """Give up rows that few turns would leave empty; if `tight`, places as well."""
+        count, have = self.size
         works = self.works
-        if works and power(len(works)) < count:
-            index = [i for i, work in enumerate(self._slots) if work is not None]
-            wanted = power(len(works))
-            longest = max(work.sequence.cached for work in works)
-            self._regroup(index + [-1] * (wanted - len(index)), bucket(longest + text.CHUNK))
+        if not works:
+            return
+        longest = max(work.sequence.cached for work in works)
+        if power(len(works)) < count or (tight and bucket(longest + text.CHUNK) < have):
+            self._pack(len(works))
 
     def clear(self) -> None:
         """Forget all rows, e.g. after a failed call took them with it."""
         self._rows, self._slots = None, []
 
-    def _regroup(self, index: list[int], places: int) -> None:
+    def _pack(self, turns: int, least: int = 0) -> None:
+        """Bring the turns, and free rows for as many as are said, into as little as they take."""
+        index = [i for i, work in enumerate(self._slots) if work is not None]
+        index += [-1] * (power(turns) - len(index))
+        longest = max(work.sequence.cached for work in self.works)
+        places = max(bucket(longest + text.CHUNK), least)
         self._rows = text.regroup(self._rows, np.array(index, np.int32), places)
         self._slots = [self._slots[i] if i >= 0 else None for i in index]
 
     def _masks(self) -> np.ndarray:
-
         masks = grammar.free(len(self._slots), self._vocab)
         for i, work in enumerate(self._slots):
-            if work is not None and work.matcher is not None:
-                start = time.perf_counter()
-                masks[i] = work.matcher.mask()
-                work.constrain += time.perf_counter() - start
+            if work is not None and work.mask is not None:
+                masks[i] = work.mask
         return masks
 
 

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -75,6 +75,7 @@ class Engine:
         self._waiting: collections.deque[Work] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
         self._parked: set[Sequence] = set()
+        self._reading: tuple[Work, Iterator[tuple[int, Any]]] | None = None
         self._changed = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="clvr-engine", daemon=True)
@@ -98,7 +99,7 @@ class Engine:
         Raises:
           Closed: the engine is closed.
         """
-        if threading.current_thread() is self._thread:  # e.g. a done callback
+        if self.inside():  # e.g. a done callback
             return function()
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._changed:
@@ -113,10 +114,14 @@ class Engine:
         with self._changed:
             self._changed.notify()
 
+    def inside(self) -> bool:
+        """Whether this is the engine's own thread."""
+        return threading.current_thread() is self._thread
+
     def load(self) -> dict[str, int]:
         """Return how many turns run and wait, and what the caches take."""
         return {
-            "running": len(self._batch.works),
+            "running": len(self._batch.works) + (self._reading is not None),
             "waiting": len(self._waiting),
             "cache_bytes": self._held(),
             "evictions": self.evictions,
@@ -134,7 +139,7 @@ class Engine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if threading.current_thread() is not self._thread:
+        if not self.inside():
             self._thread.join()
 
     def score(self, seq: Sequence, continuations: list[list[int]]) -> list[Any]:
@@ -142,8 +147,8 @@ class Engine:
         self._parked.discard(seq)
         seq.again()
         before_last = len(seq) - 1  # the last token is read together with what it predicts
+        self._make_room(bucket(len(seq) + max(map(len, continuations)) + PIECE))
         if before_last > seq.cached:
-            self._make_room(len(seq) + PIECE)
             self._reader.read(seq, before_last)
         scores = [self._reader.score(seq, ids) for ids in continuations]
         self._park(seq)
@@ -151,17 +156,28 @@ class Engine:
 
     def _run(self) -> None:
         mesh = contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
-        with mesh:
-            while True:
-                with self._changed:
-                    while not (self._closing or self._calls or self._waiting or self._batch.works):
-                        self._changed.wait()
-                    if self._closing:
-                        break
-                self._do_calls()
-                self._admit()
-                self._decode()
-        self._fail_all(Closed("the model has been closed"))
+        try:
+            with mesh:
+                while self._wait():
+                    try:
+                        self._do_calls()
+                        self._admit()
+                        self._decode()
+                    except Exception as error:
+                        logging.exception("the engine failed between two calls")
+                        self._fail_running(error)
+        finally:
+            with self._changed:
+                self._closing = True
+            self._fail_all(Closed("the model has been closed"))
+
+    def _wait(self) -> bool:
+        """Wait for something to do; return false when the engine is closed."""
+        idle = lambda: not (self._calls or self._waiting or self._reading or self._batch.works)
+        with self._changed:
+            while idle() and not self._closing:
+                self._changed.wait()
+            return not self._closing
 
     def _do_calls(self) -> None:
         while self._calls:
@@ -172,26 +188,33 @@ class Engine:
                 future.set_exception(error)
 
     def _admit(self) -> None:
-        """Take in waiting turns; while others run, read no more than a piece's tokens at a time."""
+        """Read for turns that begin; after a piece's tokens it is the others' turn."""
+        self._give_up()
         read = 0
-        while self._waiting:
-            work = self._waiting[0]
-            busy = bool(self._batch.works)
-            if self._unwanted(work):
-                self._waiting.popleft()
-                work.begun = work.read = time.perf_counter()
-                self._finish(work)
-                continue
-            rows, places = self._batch.needs(work)
-            full = rows > self.max_rows or rows * places * self._token_bytes > self.cache_bytes
-            if busy and (full or read >= PIECE):
-                return
-            self._waiting.popleft()
-            read += work.places - work.limit - work.sequence.cached
-            self._start(work, rows * places)
+        while read < PIECE and (self._reading or self._begin()):
+            read += self._read()
 
-    def _start(self, work: Work, places: int) -> None:
-        """Read a turn's conversation and put it into the batch."""
+    def _give_up(self) -> None:
+        """Settle turns that nobody wants any more before they are read."""
+        with self._changed:
+            unwanted = [work for work in self._waiting if self._unwanted(work)]
+            for work in unwanted:
+                self._waiting.remove(work)
+        for work in unwanted:
+            work.begun = work.read = time.perf_counter()
+            self._finish(work)
+        if self._reading and self._unwanted(self._reading[0]):
+            work, self._reading = self._reading[0], None
+            work.read = time.perf_counter()
+            work.sequence.back_to(work.mark)
+            self._finish(work)
+            self._park(work.sequence)
+
+    def _begin(self) -> bool:
+        """Begin to read for the turn that has waited longest, if there is one and room for it."""
+        if not self._waiting or not self._fits(self._waiting[0]):
+            return False
+        work = self._waiting.popleft()
         seq = work.sequence
         self._parked.discard(seq)
         work.begun, work.mark = time.perf_counter(), seq.mark()
@@ -201,21 +224,61 @@ class Engine:
             else:
                 seq.again()
             work.prompt, work.cached = len(seq), seq.cached
-            self._make_room(places)
-            scores = self._reader.read(seq)
-            work.read = time.perf_counter()
-            cache, seq.cache = seq.cache, None
-            self._batch.add(work, scores, cache)
+            self._reading = work, self._reader.pieces(seq)
+            self._make_room()
         except Exception as error:
-            logging.exception("a turn failed while its conversation was read")
-            seq.back_to(work.mark)
-            seq.evict()  # the failed call may have taken the cache with it
-            self._settle(work, error)
+            self._fail_reading(work, error)
+        return True
+
+    def _fits(self, work: Work) -> bool:
+        """Whether a turn may run beside the others; alone it always may."""
+
+        def fits() -> bool:
+            rows, places = self._batch.needs(work)
+            # what it reads lies beside the batch until it joins
+            size = (places + work.alone) * self._token_bytes
+            return rows <= self.max_rows and size <= self.cache_bytes
+
+        if not self._batch.works or fits():
+            return True
+        self._batch.shrink(tight=True)
+        return fits()
+
+    def _read(self) -> int:
+        """Read one piece; with the last of them the turn joins the batch. Return its tokens."""
+        if self._reading is None:  # it failed at once
+            return 0
+        work, pieces = self._reading
+        seq = work.sequence
+        try:
+            tokens, scores = next(pieces)
+            if seq.cached == len(seq):
+                work.read = time.perf_counter()
+                cache, seq.cache = seq.cache, None
+                self._batch.add(work, scores, cache)
+                self._reading = None
+        except Exception as error:
+            self._fail_reading(work, error)
+            return 0
+        return tokens
+
+    def _fail_reading(self, work: Work, error: Exception) -> None:
+        logging.exception("a turn failed while its conversation was read")
+        self._reading = None
+        self._undo(work, error)
+        if self._batch.broken:  # it failed while it joined
+            self._fail_running(error)
 
     def _decode(self) -> None:
         for work in self._batch.works:
             if self._unwanted(work):
                 self._retire(work)
+                continue
+            try:
+                work.constrain_next()
+            except Exception as error:
+                self._batch.remove(work, keep=False)
+                self._undo(work, error)
         works = self._batch.works
         if not works:
             return
@@ -253,18 +316,28 @@ class Engine:
                     break
         except Exception as error:
             self._batch.remove(work, keep=False)
-            seq.back_to(work.mark)
-            seq.evict()
-            self._settle(work, error)
+            self._undo(work, error)
             return
         if ended:
             self._retire(work)
 
     def _retire(self, work: Work) -> None:
         seq = work.sequence
-        seq.cache = self._batch.remove(work, keep=not seq.closed)
+        try:
+            seq.cache = self._batch.remove(work, keep=not seq.closed)
+        except Exception:  # the reply is there all the same; the next turn reads anew
+            logging.exception("a conversation's cache could not be kept")
+            seq.evict()
+        if not work.output.ids:
+            seq.back_to(work.mark)  # as if it had been cancelled before it began
         self._finish(work)
         self._park(seq)
+
+    def _undo(self, work: Work, error: Exception) -> None:
+        """Let a turn fail and its session be as it was; a failed call may have taken the cache."""
+        work.sequence.back_to(work.mark)
+        work.sequence.evict()
+        self._settle(work, error)
 
     def _finish(self, work: Work) -> None:
         try:
@@ -283,11 +356,12 @@ class Engine:
 
     def _fail_running(self, error: Exception) -> None:
         works = self._batch.works
+        if self._reading is not None:
+            works.append(self._reading[0])
         self._batch.clear()
+        self._reading = None
         for work in works:
-            work.sequence.back_to(work.mark)
-            work.sequence.evict()
-            self._settle(work, error)
+            self._undo(work, error)
 
     def _fail_all(self, error: Exception) -> None:
         self._fail_running(error)
@@ -295,37 +369,45 @@ class Engine:
             self._settle(self._waiting.popleft(), error)
         while self._calls:
             self._calls.popleft()[1].set_exception(error)
+        while self._parked:
+            self._parked.pop().evict()
 
     def _park(self, seq: Sequence) -> None:
         """Keep a waiting conversation's cache, as far as the budget allows."""
-        if seq.closed or seq.cache is None:
+        if seq.closed or seq.cache is None or not seq.cached:
             self._unpark(seq)
             return
         seq.touch()
         self._parked.add(seq)
-        self._make_room(0)
+        self._make_room()
 
     def _unpark(self, seq: Sequence) -> None:
         self._parked.discard(seq)
         if not any(work.sequence is seq for work in self._batch.works):
             seq.evict()
 
-    def _make_room(self, places: int) -> None:
-        """Evict the least recently used until so many more places are within the budget."""
-        wanted = places * self._token_bytes
+    def _make_room(self, places: int = 0) -> None:
+        """Evict the least recently used: turns run to their ends, and `places` are free."""
+        free = self.cache_bytes - (self._reserved() + places) * self._token_bytes
         for seq in sorted(self._parked, key=lambda seq: seq.used):
-            if self._held() - self._running() + max(wanted, self._running()) <= self.cache_bytes:
+            if sum(parked_bytes(seq.cache) for seq in self._parked) <= free:
                 return
             self._parked.discard(seq)
             seq.evict()
             self.evictions += 1
 
-    def _running(self) -> int:
-        rows, places = self._batch.size
-        return rows * places * self._token_bytes
+    def _reserved(self) -> int:
+        """Places that running turns, and one that is being read, may come to need."""
+        work = None if self._reading is None else self._reading[0]
+        places = self._batch.needs(work)[1]
+        return places + work.alone if work is not None and self._batch.works else places
 
     def _held(self) -> int:
-        return self._running() + sum(parked_bytes(seq.cache) for seq in tuple(self._parked))
+        rows, places = self._batch.size
+        reading = self._reading  # once: other threads ask as well
+        own = [seq.cache for seq in tuple(self._parked)]
+        own += [reading[0].sequence.cache] if reading is not None else []
+        return rows * places * self._token_bytes + sum(map(parked_bytes, own))
 
 
 def check_length(tokens: int, context: int) -> None:

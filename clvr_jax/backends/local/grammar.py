@@ -44,7 +44,7 @@ class Grammars:
         if options.schema is None and options.grammar is None:
             return None
         if options.schema is not None:
-            kind, text = "schema", json.dumps(dict(options.schema))
+            kind, text = "schema", _dump(options.schema)
             make = functools.partial(
                 llguidance.LLMatcher.grammar_from_json_schema, defaults=_SPACES
             )
@@ -75,11 +75,17 @@ class Matcher:
         self._words = -(-vocab // 32)
 
     def mask(self) -> np.ndarray:
-        """Return one row of bits: which tokens may come next (`sampling.sample`)."""
+        """Return one row of bits: which tokens may come next (`sampling.sample`).
+
+        Raises:
+          RuntimeError: llguidance gave up on the grammar, e.g. because it is too large.
+        """
         from llguidance.numpy import fill_next_token_bitmask
 
         out = np.zeros((1, self._words), np.int32)
         fill_next_token_bitmask(self._matcher, out)
+        if self._matcher.is_error():  # its mask would end the turn as if the text were complete
+            raise RuntimeError(f"the grammar cannot go on: {self._matcher.get_error()}")
         return out[0]
 
     def push(self, token: int) -> None:
@@ -90,6 +96,13 @@ class Matcher:
         """
         if not self._matcher.consume_token(token):
             raise RuntimeError(f"the grammar cannot go on: {self._matcher.get_error()}")
+
+
+def _dump(schema: Any) -> str:
+    try:
+        return json.dumps(dict(schema))
+    except TypeError as error:
+        raise InvalidRequest(f"the schema cannot be used: {error}") from error
 
 
 def free(rows: int, vocab: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Reading: the part of a conversation that is not cached yet, in pieces of few sizes."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,12 +41,19 @@ class Reader:
 
     def read(self, seq: Sequence, stop: int | None = None) -> jax.Array:
         """Read what is not cached, up to index `stop`; return the scores (1, vocab) after it."""
+        *_, (_, scores) = self.pieces(seq, stop)
+        return scores
+
+    def pieces(self, seq: Sequence, stop: int | None = None) -> Iterator[tuple[int, jax.Array]]:
+        """Read as `read` does; yield the number of tokens of each piece, and the scores after it.
+
+        What a sequence says of its position holds before the first piece and after the last.
+        """
         stop = len(seq) if stop is None else stop
         ids = np.asarray(seq.ids[seq.cached : stop], np.int32)
         pictures = [(at - seq.cached, p) for at, p in seq.pictures if seq.cached <= at < stop]
         positions, after = self._positions(len(ids), pictures, seq.position)
         features, places = self.look(len(ids), pictures)
-        scores = None
         for start in range(0, len(ids), PIECE):
             piece = slice(start, min(start + PIECE, len(ids)))
             new = self._new(ids[piece], positions[piece], places[piece], seq.cached)
@@ -56,8 +64,9 @@ class Reader:
                 self._nets, self._params["language"], new, own, cache, fresh=fresh
             )
             seq.cached += piece.stop - piece.start
-        seq.position = after
-        return scores
+            if piece.stop == len(ids):
+                seq.position = after
+            yield piece.stop - piece.start, scores
 
     def score(self, seq: Sequence, continuation: list[int]) -> np.ndarray:
         """Return the log-probability of each token of a continuation of a sequence.
@@ -137,4 +146,10 @@ class Reader:
             return text.empty_cache(self._nets, 1, places, self._like)
         if seq.cache[0].keys.shape[2] >= places:
             return seq.cache
-        return text.resize(seq.cache, None, places)
+        return text.resize(seq.cache, places)
+
+
+def room(cached: int, stop: int) -> int:
+    """Return the cache places that reading takes from one index to another, padding included."""
+    last = (stop - cached - 1) // PIECE * PIECE
+    return bucket(cached + last + power(stop - cached - last, _LEAST))

@@ -1,5 +1,6 @@
 """The local backend: the protocol over the engine."""
 
+import threading
 from collections.abc import Sequence as Several
 from typing import Any
 
@@ -64,7 +65,7 @@ class LocalVlm:
     ):
         language = nets.language.cfg
         self.name, self.processor = name, processor
-        self._grammars = Grammars(processor.tokenizer, language.vocab, processor.stops[0])
+        self._grammars = Grammars(processor.tokenizer, language.vocab, processor.close)
         budget = _free_memory() if cache_bytes is None else cache_bytes
         self.context = language.max_positions if context is None else context
         if not 1 < self.context <= language.max_positions:
@@ -101,6 +102,7 @@ class LocalSession:
 
     def __init__(self, vlm: LocalVlm):
         self._vlm, self._sequence = vlm, Sequence()
+        self._lock = threading.Lock()
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -119,27 +121,12 @@ class LocalSession:
           InvalidRequest: the request can never be answered.
           Overloaded: the model has been closed, or this session's last turn is not done.
         """
-        vlm, seq = self._vlm, self._sequence
-        self._idle()
-        turn = self._turn(messages)
-        new = 0 if turn is None else len(turn.ids)
-        check_length(len(seq) + new, vlm.context)
-        ends = vlm.processor.stops
-        work = Work(
-            sequence=seq,
-            turn=turn,
-            options=options,
-            output=Output(vlm.processor.tokenizer, ends, options.stop, on_text),
-            pending=Pending(vlm.engine.wake),
-            ends=ends,
-            limit=min(options.max_tokens, vlm.context - len(seq) - new),
-            matcher=vlm._grammars.compile(options),
-        )
-        seq.running = True
+        self._claim()
         try:
-            vlm.engine.submit(work)
-        except Overloaded:
-            seq.running = False
+            work = self._work(messages, options, on_text)
+            self._vlm.engine.submit(work)
+        except BaseException:
+            self._sequence.running = False
             raise
         return work.pending
 
@@ -158,8 +145,44 @@ class LocalSession:
         Raises:
           InvalidRequest: there is no text to score, or it does not fit the context.
         """
+        self._claim()
+        try:
+            rows = self._score(messages, continuations)
+        finally:
+            self._sequence.running = False
+        return [Score(float(row.sum()), tuple(map(float, row))) for row in rows]
+
+    def close(self) -> None:
+        """Free what the session holds; a turn that runs is cancelled."""
+        self._vlm.engine.drop(self._sequence)
+
+    def _claim(self) -> None:
+        with self._lock:  # two threads may ask at once
+            if self._sequence.closed:
+                raise Closed("the session has been closed")
+            if self._sequence.running:
+                raise Overloaded("the session's last turn is not done; wait for its result")
+            self._sequence.running = True
+
+    def _work(self, messages: Several[Message], options: Options, on_text: OnText | None) -> Work:
         vlm, seq = self._vlm, self._sequence
-        self._idle()
+        turn = self._turn(messages)
+        new = 0 if turn is None else len(turn.ids)
+        check_length(len(seq) + new, vlm.context)
+        ends = vlm.processor.stops
+        return Work(
+            sequence=seq,
+            turn=turn,
+            options=options,
+            output=Output(vlm.processor.tokenizer, ends, options.stop, on_text),
+            pending=Pending(vlm.engine.wake, vlm.engine.inside),
+            ends=ends,
+            limit=min(options.max_tokens, vlm.context - len(seq) - new),
+            matcher=vlm._grammars.compile(options),
+        )
+
+    def _score(self, messages: Several[Message], continuations: Several[str]) -> list[Any]:
+        vlm, seq = self._vlm, self._sequence
         turn = self._turn(messages)
         tokenize = lambda words: vlm.processor.tokenizer.encode(words, add_special_tokens=False)
         ids = [tokenize(words) for words in continuations]
@@ -180,17 +203,7 @@ class LocalSession:
             finally:
                 seq.back_to(mark)
 
-        return [Score(float(row.sum()), tuple(map(float, row))) for row in vlm.engine.call(run)]
-
-    def close(self) -> None:
-        """Free what the session holds; a turn that runs is cancelled."""
-        self._vlm.engine.drop(self._sequence)
-
-    def _idle(self) -> None:
-        if self._sequence.closed:
-            raise Closed("the session has been closed")
-        if self._sequence.running:
-            raise Overloaded("the session's last turn is not done; wait for its result")
+        return vlm.engine.call(run)
 
     def _turn(self, messages: Several[Message]) -> Turn | None:
         """The new messages as tokens; None to continue the assistant's turn."""
@@ -205,7 +218,7 @@ class LocalSession:
         try:
             if not seq.ids:
                 return processor.first(given)
-            return processor.later(given, seq.ids[-1] == processor.stops[0])
+            return processor.later(given, seq.ids[-1] == processor.close)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
 

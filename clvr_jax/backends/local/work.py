@@ -4,13 +4,15 @@ import concurrent.futures
 import dataclasses
 import secrets
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from clvr_jax.backends.local.grammar import Grammars, Matcher
 from clvr_jax.backends.local.output import Output
-from clvr_jax.backends.local.sequence import Sequence
+from clvr_jax.backends.local.reader import room
+from clvr_jax.backends.local.sequence import Sequence, bucket, power
 from clvr_jax.backends.protocol import (
     Options,
     Reply,
@@ -24,15 +26,25 @@ from clvr_jax.models.qwen3_vl.processor import Turn
 
 
 class Pending:
-    """See `clvr_jax.backends.protocol.Pending`."""
+    """See `clvr_jax.backends.protocol.Pending`.
 
-    def __init__(self, wake):
+    Args:
+      wake: makes the engine look at cancelled turns.
+      inside: whether this is the engine's own thread.
+    """
+
+    def __init__(self, wake: Callable[[], None], inside: Callable[[], bool]):
         self.future: concurrent.futures.Future = concurrent.futures.Future()
         self.cancelled = False
-        self._wake = wake
+        self._wake, self._inside = wake, inside
 
     def result(self, timeout: float | None = None) -> Reply:
         """Wait for the reply; see the protocol."""
+        if not self.future.done() and self._inside():
+            raise RuntimeError(
+                "a done callback waits for the thread that it runs in: submit the turn, and add a "
+                "done callback to it as well"
+            )
         return self.future.result(timeout)
 
     def cancel(self) -> None:
@@ -59,6 +71,7 @@ class Work:
       limit: tokens that it may generate.
       matcher: its grammar, None for free text.
       seed: of its sampling.
+      mask: bits of the tokens that its grammar allows next.
     """
 
     sequence: Sequence
@@ -79,6 +92,7 @@ class Work:
     constrain: float = 0.0
     asked: float = dataclasses.field(default_factory=time.perf_counter)
     tokens: list[TokenLogprob] = dataclasses.field(default_factory=list)
+    mask: np.ndarray | None = None
 
     def __post_init__(self):
         given = self.options.seed
@@ -92,6 +106,18 @@ class Work:
         new = 0 if self.turn is None else len(self.turn.ids)
         return len(self.sequence) + new + self.limit
 
+    @property
+    def grown(self) -> int:
+        """Places of its row in a batch at the turn's end."""
+        return bucket(self.places + text.CHUNK)
+
+    @property
+    def alone(self) -> int:
+        """Places of its own cache until it joins a batch, padding of what is read included."""
+        cache = self.sequence.cache
+        have = 0 if cache is None else cache[0].keys.shape[2]
+        return max(self.grown, have, room(self.sequence.cached, self.places - self.limit))
+
     def row(self, scores, vocab: int, cache) -> text.Rows:
         """Return the turn as a batch of one, its conversation read and `scores` after it."""
         o, seq = self.options, self.sequence
@@ -99,7 +125,7 @@ class Work:
         if o.repetition_penalty != 1.0:
             seen[0, seq.ids] = True
         one = lambda value, dtype: np.full(1, value, dtype)
-        stops = np.full((1, 4), -1, np.int32)
+        stops = np.full((1, power(len(self.ends), 4)), -1, np.int32)
         stops[0, : len(self.ends)] = self.ends
         return text.Rows(
             cache=cache,
@@ -123,6 +149,13 @@ class Work:
                 seed=one(self.seed % 2**32, np.uint32),
             ),
         )
+
+    def constrain_next(self) -> None:
+        """Ask the grammar which tokens may come next."""
+        if self.matcher is not None:
+            start = time.perf_counter()
+            self.mask = self.matcher.mask()
+            self.constrain += time.perf_counter() - start
 
     def push(self, token: int) -> bool:
         """Take a generated token; return whether the turn has ended."""

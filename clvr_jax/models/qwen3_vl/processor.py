@@ -6,13 +6,14 @@ own, so that what was said before, and the ids that were sampled, are never touc
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clvr_jax.models.qwen3_vl.config import VisionConfig
 from clvr_jax.models.qwen3_vl.vision import Grid
@@ -115,15 +116,25 @@ class Processor:
         Raises:
           ValueError: the template does not keep earlier turns apart from later ones.
         """
-        before = [{"role": "user", "parts": ["."]}, {"role": "assistant", "parts": [_MARK]}]
-        whole = self.render([*before, *messages])
-        if whole.count(_MARK) != 1:
-            raise ValueError("the chat template does not keep an earlier assistant turn as it was")
-        text = whole.split(_MARK)[1]
-        close = self.tokenizer.decode([self.stops[0]])
+        text = self._after(messages)
+        close = self.tokenizer.decode([self.close])
         if ended and text.startswith(close):
             text = text[len(close) :]
         return self._turn(text, messages)
+
+    @functools.cached_property
+    def close(self) -> int:
+        """The token that closes an assistant turn: the stop that the template writes behind one.
+
+        A tokenizer's own end may be another, e.g. <|endoftext|> of a base model.
+        """
+        try:
+            text = self._after([])
+        except ValueError:  # said again, with its messages, when a turn is rendered
+            return self.stops[0]
+        names = {stop: self.tokenizer.decode([stop]) for stop in self.stops}
+        written = (stop for stop, name in names.items() if name and text.startswith(name))
+        return next(written, self.stops[0])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of generated ids, special tokens left out."""
@@ -144,10 +155,16 @@ class Processor:
         """Resize an image as the checkpoint's preprocessor_config.json says, and cut it.
 
         Raises:
-          ValueError: the model reads no images, or the image is too long for its width.
+          ValueError: the model reads no images, or the image is broken or too long for its width.
         """
         if self.images is None:
             raise ValueError("this model reads text only")
+        try:
+            image = ImageOps.exif_transpose(image)  # reads the file; transformers turns it as well
+        except (OSError, SyntaxError) as error:  # Pillow's name for a broken PNG
+            raise ValueError(f"an image cannot be read: {error}") from error
+        if image.mode.startswith("I;16"):  # Pillow would cut at 255, which is nearly all white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if min(image.size) < 1 or max(image.size) > 200 * min(image.size):
             raise ValueError(
                 f"an image of {image.size[0]} x {image.size[1]} pixels: the longer side may be at "
@@ -160,6 +177,17 @@ class Processor:
         time = self.images.temporal_patch_size
         stills = patches.reshape(rows * cols, 3, time, -1)[:, :, 0]
         return Picture(stills.reshape(rows * cols, -1).astype(np.uint8), (rows, cols))
+
+    def _after(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """What the template writes after an assistant turn's text."""
+        mark = _MARK
+        while any(mark in part for m in messages for part in m["parts"] if isinstance(part, str)):
+            mark += _MARK
+        before = [{"role": "user", "parts": ["."]}, {"role": "assistant", "parts": [mark]}]
+        whole = self.render([*before, *messages])
+        if whole.count(mark) != 1:
+            raise ValueError("the chat template does not keep an earlier assistant turn as it was")
+        return whole.split(mark)[1]
 
     def _content(self, parts: Sequence[Any]) -> Any:
         if self.images is None:  # Qwen3's text template renders lists as nothing
@@ -176,6 +204,12 @@ class Processor:
         texts = [part for m in messages for part in m["parts"] if isinstance(part, str)]
         if any(token in text for token in _STRANGE for text in texts):
             raise ValueError(f"a text holds {IMAGE} or {VIDEO}; give pictures as pictures")
+        for m in messages:
+            if m["role"] == "system" and not all(_within(part, text) for part in m["parts"]):
+                raise ValueError(
+                    "the chat template does not show a system message where it stands; most show "
+                    "it only as a conversation's first message"
+                )
         if images and text.count(IMAGE) != len(images):
             raise ValueError(
                 f"the chat template shows {text.count(IMAGE)} of {len(images)} images; pictures "
@@ -189,6 +223,10 @@ class Processor:
         times[ids == self._image] = [len(p.patches) // self.images.merge_size**2 for p in pictures]
         starts = (np.cumsum(times) - times)[ids == self._image]
         return Turn(np.repeat(ids, times), tuple(zip(starts.tolist(), pictures)))
+
+
+def _within(part: Any, text: str) -> bool:
+    return not isinstance(part, str) or part.strip() in text
 
 
 def load(folder: str | Path, vision: VisionConfig | None, **template_options: Any) -> Processor:
@@ -258,6 +296,9 @@ def _stops(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     stops = [tokenizer.eos_token_id]
     file = folder / "generation_config.json"
     if file.exists():
-        named = json.loads(file.read_text()).get("eos_token_id", [])
-        stops += [named] if isinstance(named, int) else list(named)
-    return tuple(dict.fromkeys(stops))
+        named = json.loads(file.read_text()).get("eos_token_id")
+        stops += named if isinstance(named, list) else [named]
+    stops = tuple(dict.fromkeys(stop for stop in stops if stop is not None))
+    if not stops:
+        raise ValueError(f"{folder}: neither the tokenizer nor {file.name} names an end of a turn")
+    return stops
