@@ -30,11 +30,10 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"layers/self_attn/[qkv]_proj/kernel$", P(None, "fsdp", "tensor", None)),
     (r"layers/mlp/(gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/(self_attn/o_proj|mlp/down_proj)/kernel$", P(None, "tensor", "fsdp")),
-    (r"embed_tokens/embedding$", P(None, "fsdp")),
+    (r"embed_tokens/embedding$", P("tensor", "fsdp")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
-    # Qwen3 prepared for serving, one layer a leaf: d, g, parts of a group, k; d, part, f
-    (r"layers_\d+/self_attn/qkv_proj/kernel$", P("fsdp", "tensor", None, None)),
-    (r"layers_\d+/mlp/gate_up_proj/kernel$", P("fsdp", None, "tensor")),
+    # Qwen3 prepared for serving, one layer a leaf: d, columns in groups
+    (r"layers_\d+/(self_attn/qkv|mlp/gate_up)_proj/kernel$", P("fsdp", "tensor")),
     (r"layers_\d+/(self_attn/o_proj|mlp/down_proj)/kernel$", P("tensor", "fsdp")),
     # Qwen3-VL's vision tower: layer, d, part, heads, k; mergers: d, cell width
     (r"visual/blocks/attn/qkv/kernel$", P(None, "fsdp", None, "tensor", None)),
@@ -57,6 +56,7 @@ _ACTIVATIONS = {
     "batch": ("data", "fsdp"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
+    "vocab": ("tensor",),
 }
 
 
@@ -132,7 +132,7 @@ def shardings(abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RUL
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation's dimensions, named batch, heads, mlp or None.
+    """Constrain an activation's dimensions, named batch, heads, mlp, vocab or None.
 
     Outside a mesh (`jax.set_mesh`) this returns `x`. Axes that do not divide a dimension are left
     out, so a batch of one runs on any mesh.

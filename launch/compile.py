@@ -1,7 +1,8 @@
-"""Compile sampling for TPU chips that are not there: does it fit, what does it exchange.
+"""Compile for TPU chips that are not there: does it fit, what does it exchange.
 
   pip install -e ".[tpu]"
   python -m launch.compile --topology=v5e:2x4 --model=klein_9b --mesh=fsdp=2,tensor=4
+  python -m launch.compile --topology=v5e:2x4 --model=qwen3_vl_8b --batch=1,8,32
 
 Uses JAX's ahead-of-time topologies, so it runs on any x86-64 Linux machine. Nothing is executed:
 memory and collectives come from the compiled programs, times are not known.
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -18,26 +20,52 @@ from absl import flags
 
 from launch.runtime import run
 
+_PROGRAMS_OF = {
+    "klein": ["text", "denoise", "encode", "decode"],
+    "qwen3_vl": ["look", "prefill", "continue", "decode"],
+}
+_COMPILED = {"klein": ["text", "denoise"], "qwen3_vl": _PROGRAMS_OF["qwen3_vl"]}
+_MODELS = [
+    *("klein_4b", "klein_9b"),
+    *("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b"),
+]
+
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU generation and slice, e.g. v6e:2x2")
-_MODEL = flags.DEFINE_enum("model", "klein_4b", ["klein_4b", "klein_9b"], "sizes of the weights")
+_MODEL = flags.DEFINE_enum("model", "klein_4b", _MODELS, "sizes of the weights")
 _MESH = flags.DEFINE_list("mesh", ["tensor=-1"], "axis=size,... over data, fsdp, tensor")
 _SIZE = flags.DEFINE_string("size", "1024x1024", "height x width in pixels")
-_STEPS = flags.DEFINE_integer("steps", 4, "denoising steps", lower_bound=1)
-_BATCH = flags.DEFINE_integer("batch", 1, "pictures at once", lower_bound=1)
-_REFERENCES = flags.DEFINE_integer("references", 0, "references of --size", lower_bound=0)
-_PROGRAMS = flags.DEFINE_list("programs", ["text", "denoise"], "of text, denoise, encode, decode")
+_STEPS = flags.DEFINE_integer("steps", 4, "klein: denoising steps", lower_bound=1)
+_BATCH = flags.DEFINE_list("batch", ["1"], "pictures, or conversations, at once; one or several")
+_REFERENCES = flags.DEFINE_integer("references", 0, "klein: references of --size", lower_bound=0)
+_PLACES = flags.DEFINE_integer(
+    "places", 4096, "qwen3_vl: tokens that a conversation's cache has room for", lower_bound=2048
+)
+_PROGRAMS = flags.DEFINE_list(
+    "programs",
+    None,
+    "klein: of text, denoise, encode, decode (default: the first two); "
+    "qwen3_vl: of look, prefill, continue, decode (default: all)",
+)
 _OUT = flags.DEFINE_string("out", None, "JSON file for the report")
 
+# programs that no batch changes
+_ALONE = {("klein", "encode"), *(("qwen3_vl", name) for name in ("look", "prefill", "continue"))}
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 def main(argv) -> None:
     """Compile each program and print what it needs of every chip."""
+    family = _MODEL.value.rpartition("_")[0]
+    programs = _PROGRAMS.value or _COMPILED[family]
     size = re.fullmatch(r"(\d+)x(\d+)", _SIZE.value)
     axes = [re.fullmatch(r"(\w+)=(-?\d+)", text) for text in _MESH.value]
-    unknown = set(_PROGRAMS.value) - {"text", "denoise", "encode", "decode"}
-    if size is None or None in axes or unknown or len(argv) > 1:
-        raise ValueError("give --size=1024x1024, --mesh=fsdp=2,tensor=4 and known --programs")
+    batches = [re.fullmatch(r"[1-9]\d*", text) for text in _BATCH.value]
+    unknown = set(programs) - set(_PROGRAMS_OF[family])
+    if None in (size, *axes, *batches) or unknown or len(argv) > 1:
+        raise ValueError(
+            "give --size=1024x1024, --mesh=fsdp=2,tensor=4, --batch=1,8 and --programs out of "
+            + ", ".join(_PROGRAMS_OF[family])
+        )
     devices = _topology(_TOPOLOGY.value)
 
     import jax
@@ -45,9 +73,16 @@ def main(argv) -> None:
     from clvr_jax import parallel
 
     mesh = parallel.make_mesh({axis[1]: int(axis[2]) for axis in axes}, devices)
+    rows = []
     # what chooses by device must see the chip's platform, not this machine's
     with mock.patch.object(jax, "default_backend", lambda: "tpu"), jax.set_mesh(mesh):
-        rows = [_compiled(*item) for item in _lowered(mesh, int(size[1]), int(size[2]))]
+        for batch in (int(match[0]) for match in batches):
+            lower = _programs(mesh, (int(size[1]), int(size[2])), batch)
+            for name in programs:
+                alone = (family, name) in _ALONE
+                if batch == int(batches[0][0]) or not alone:
+                    labels = {} if alone or len(batches) == 1 else {"batch": batch}
+                    rows.append(_compiled(name, lower[name], **labels))
     report = {
         "command": "python -m launch.compile " + " ".join(sys.argv[1:]),
         "topology": _TOPOLOGY.value,
@@ -76,88 +111,46 @@ def _topology(name: str):
         ) from error
 
 
-def _lowered(mesh, height: int, width: int):
-    """Yield (name, lowered program) with shapes and shardings only."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
+def _programs(mesh, size: tuple[int, int], batch: int):
+    """Return calls that lower each program from shapes and shardings alone."""
+    if _MODEL.value.startswith("klein"):
+        from launch.aot import image
 
-    from clvr_jax import parallel
-    from clvr_jax.generate import image as generation
-    from clvr_jax.tree import flatten, unflatten
-    from launch import build
-    from launch.bench.image import networks
-
-    nets = networks(_MODEL.value)
-
-    def placed(tree):
-        places = flatten(parallel.shardings(tree, mesh))
-        return unflatten(
-            {
-                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[path])
-                for path, leaf in flatten(tree).items()
-            }
+        return image.programs(
+            _MODEL.value, mesh, size, _STEPS.value, batch, references=_REFERENCES.value
         )
+    from launch.aot import text
 
-    def array(*shape, dtype=jnp.bfloat16):
-        whole = NamedSharding(mesh, PartitionSpec())
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
-    params = {k: placed(tree) for k, tree in build.abstract(nets, jnp.bfloat16).items()}
-    settings = generation.Settings(height=height, width=width, steps=_STEPS.value)
-    layout = generation.layout_of(nets, settings, [(height, width)] * _REFERENCES.value)
-    b, s, cfg = _BATCH.value, settings.text_tokens, nets.transformer.cfg
-    noise = array(b, *layout.noise, cfg.channels, dtype=jnp.float32)
-    programs = {
-        "text": lambda: generation.encode_text.lower(
-            nets, params["text_encoder"], array(b, s, dtype=jnp.int32), array(b, dtype=jnp.int32)
-        ),
-        "denoise": lambda: generation.denoise.lower(
-            nets,
-            layout,
-            settings.steps,
-            settings.rounding,
-            params["transformer"],
-            {},
-            noise,
-            array(b, s, cfg.text_width),
-            array(1, layout.image_tokens - layout.noise_tokens, cfg.channels),
-            None,
-            None,
-            array(dtype=jnp.float32),
-        ),
-        "encode": lambda: generation.encode_image.lower(
-            nets, params["vae"], array(1, height, width, 3, dtype=jnp.float32), jnp.bfloat16
-        ),
-        "decode": lambda: generation.decode.lower(
-            nets, params["vae"], array(b, *layout.noise, cfg.channels)
-        ),
-    }
-    for name in _PROGRAMS.value:
-        yield name, programs[name]()
+    return text.programs(_MODEL.value, mesh, size, batch, _PLACES.value)
 
 
-def _compiled(name: str, lowered) -> dict:
+def _compiled(name: str, lower, **labels) -> dict:
     """Compile one program; print and return bytes per chip and collectives."""
     import time
 
+    lowered = lower()
     began = time.perf_counter()
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
-    text = compiled.as_text()
-    # a loop's body is printed once: these are instructions, not executions
-    counts = {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in _COLLECTIVES}
+    # a loop's body is printed once: these are instructions, not executions; one that is fused with
+    # the arithmetic beside it is printed in pieces that share a channel
+    found = re.findall(
+        rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)", compiled.as_text()
+    )
+    counts = Counter(kind for kind, _ in set(found))
     row = {
         "program": name,
+        **labels,
         "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
         "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),
-        "collectives": {kind: n for kind, n in counts.items() if n},
+        "collectives": {kind: counts[kind] for kind in _COLLECTIVES if counts[kind]},
         "compile_seconds": round(seconds, 1),
     }
+    said = "".join(f", {label} {value}" for label, value in labels.items())
     print(
-        f"{name}: {row['arguments_gib']} GiB of weights and inputs, {row['temporary_gib']} GiB of "
-        f"temporaries per chip; {row['collectives'] or 'no collectives'}; compiled in "
+        f"{name}{said}: {row['arguments_gib']} GiB of weights and inputs, {row['temporary_gib']} "
+        f"GiB of temporaries per chip; {row['collectives'] or 'no collectives'}; compiled in "
         f"{row['compile_seconds']} s",
         flush=True,
     )

@@ -1,5 +1,6 @@
 """Meshes and sharding rules; a sharded network computes what the unsharded one does."""
 
+import dataclasses
 import logging
 
 import jax
@@ -136,12 +137,18 @@ def test_prepared_weights_compute_the_same(mesh_2x2x2, mesh_too):
     net = language.LanguageModel(cfg, scan=False, fused=True)
     if mesh_too:
         spec = ready["layers_0"]["mlp"]["gate_up_proj"]["kernel"].sharding.spec
-        assert spec == P("fsdp", None, "tensor")
+        assert spec == P("fsdp", "tensor")
         with jax.set_mesh(mesh_2x2x2):
             out, _, _ = jax.jit(net.apply)({"params": ready}, ids, places)
     else:
         out, _, _ = net.apply({"params": ready}, ids, places)
     assert difference(out, expected) < 3e-6
+
+
+def test_an_mlp_without_groups_is_refused():
+    cfg = dataclasses.replace(VARIANTS["tiny"], mlp_width=49)
+    with pytest.raises(ValueError, match="49 wide, which 2 key heads do not divide"):
+        serving.abstract(language.abstract_params(cfg), cfg)
 
 
 def test_no_rule_is_an_error(mesh_2x2x2):

@@ -247,7 +247,7 @@ def test_a_mesh_says_what_one_device_says(vlm, sizes):
     try:
         params = spread.engine._reader._params["language"]
         kernel = params["layers_0"]["self_attn"]["qkv_proj"]["kernel"]
-        assert kernel.sharding.spec == P("fsdp", "tensor", None, None)
+        assert kernel.sharding.spec == P("fsdp", "tensor")
         turns = [[user("a", toy.picture())], [user("b", toy.picture(3, 64, 64))]]
         ours, theirs = vlm.start(), spread.start()
         for turn in turns:

@@ -35,11 +35,16 @@ class KV:
 
         def put(old, new):
             new = einops.rearrange(new, "b l g k -> b g l k").astype(old.dtype)
-            if len(new) == 1:
+            one = new.shape[2] == 1
+            # in a loop on a CPU, XLA copies the whole cache to write a slice
+            if len(new) == 1 and not (one and jax.default_backend() == "cpu"):
                 return jax.lax.dynamic_update_slice(old, new, (0, 0, offset[0], 0))
-            if new.shape[2] == 1:
-                rows = jnp.arange(len(new))
-                return old.at[rows, :, offset].set(new[:, :, 0], mode="drop")
+            if one:
+                # every index said: with a slice over the heads, TPUs would transpose the cache; and
+                # none counted from the end, else no partitioner would see that heads are apart
+                rows, heads = jnp.arange(old.shape[0])[:, None], jnp.arange(old.shape[1])
+                put = old.at[rows, heads, offset[:, None]].set
+                return put(new[:, :, 0], mode="drop", wrap_negative_indices=False)
             write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))
             return jax.vmap(write)(old, new, offset)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import einops
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -170,7 +171,8 @@ class SelfAttention(nn.Module):
         c = self.cfg
         if self.fused:
             queries = c.heads // c.kv_heads
-            qkv = Linear((c.kv_heads, queries + 2, c.head_width), name="qkv_proj")(x)
+            qkv = Linear(c.kv_heads * (queries + 2) * c.head_width, name="qkv_proj")(x)
+            qkv = _grouped(qkv, c.kv_heads, queries + 2)
             qkv = constrain(qkv, "batch", None, "heads", None, None)
             q = einops.rearrange(qkv[..., :queries, :], "b l g r k -> b l (g r) k")
             return q, qkv[..., queries, :], qkv[..., queries + 1, :]
@@ -188,14 +190,22 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        width = self.cfg.mlp_width
+        width, groups = self.cfg.mlp_width, self.cfg.kv_heads
         if self.fused:
-            both = Linear((2, width), name="gate_up_proj")(x)
-            gate, up = both[..., 0, :], both[..., 1, :]
+            both = _grouped(Linear(2 * width, name="gate_up_proj")(x), groups, 2)
+            both = constrain(both, "batch", None, "mlp", None, None)
+            h = (nn.silu(both[..., 0, :]) * both[..., 1, :]).reshape(*x.shape[:2], width)
         else:
             gate, up = Linear(width, name="gate_proj")(x), Linear(width, name="up_proj")(x)
-        h = constrain(nn.silu(gate) * up, "batch", None, "mlp")
+            h = nn.silu(gate) * up
+        h = constrain(h, "batch", None, "mlp")
         return Linear(self.cfg.width, name="down_proj")(h)
+
+
+def _grouped(x: Tokens, groups: int, parts: int) -> Float[Array, "b l groups parts _"]:
+    # a product first, then groups: XLA would have TPUs copy the kernel into groups instead
+    x = jax.lax.optimization_barrier(x)
+    return x.reshape(*x.shape[:2], groups, parts, -1)
 
 
 def rotate_half(x: Float[Array, "b l h k"], angles: Float[Array, "rows l half"]):

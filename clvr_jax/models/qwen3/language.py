@@ -116,7 +116,9 @@ def logits(params: Params, cfg: Qwen3Config, hidden: Float[Array, "*rows d"]):
         table = params["lm_head"]["kernel"].astype(hidden.dtype)
         contract = (((hidden.ndim - 1,), (0,)), ((), ()))
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jax.lax.dot_general(hidden, table, contract, preferred_element_type=wide)
+    scores = jax.lax.dot_general(hidden, table, contract, preferred_element_type=wide)
+    # where scores are wanted whole it is they that are gathered, not the weights
+    return constrain(scores, *("batch", None, None)[: scores.ndim - 1], "vocab")
 
 
 def abstract_params(cfg: Qwen3Config, dtype=jnp.float32, *, head: bool = True) -> Params:

@@ -1,8 +1,10 @@
 """Parameters laid out for decoding: layers apart, kernels that read the same input in one.
 
 A decode step reads every weight once, so it should read long rows where they lie: seven products a
-layer become four, and no stacked leaf is sliced. Parts of a fused kernel keep an axis of their
-own, and the heads that share keys lie together, so that tensor parallelism never reshards.
+layer become four, and no stacked leaf is sliced. Kernels are matrices: TPUs lay out small axes
+between as the shape suggests, not as a product reads them, and would copy them at every call.
+Columns come in groups, one for each key head (its queries, key and value; a part of the gate and
+the same part of up), so that tensor parallelism, which cuts between groups, never reshards.
 """
 
 import functools
@@ -26,6 +28,9 @@ def prepare(params: Params, cfg: Qwen3Config, shardings: Params | None = None) -
       params: of a scanned language model, stacked.
       cfg: its sizes.
       shardings: of the result (`abstract` says its shapes); None leaves placement to the compiler.
+
+    Raises:
+      ValueError: the key heads do not divide the MLP's width, so that it has no groups.
     """
     params = dict(params)
     layers = dict(params.pop("layers"))
@@ -58,14 +63,21 @@ def abstract(params: Params, cfg: Qwen3Config) -> Params:
 
 def _fuse(part: dict[str, Any], *, cfg: Qwen3Config) -> dict[str, Any]:
     """Join the kernels of one stacked sub-module that read the same input."""
+    if cfg.mlp_width % cfg.kv_heads:
+        raise ValueError(
+            f"the MLP is {cfg.mlp_width} wide, which {cfg.kv_heads} key heads do not divide; the "
+            "kernels of such a model cannot be laid out for serving"
+        )
     part = dict(part)
     if "q_proj" in part:
         q, k, v = (part.pop(name)["kernel"] for name in _ATTENTION)
         layers, width = q.shape[:2]
         q = q.reshape(layers, width, cfg.kv_heads, cfg.heads // cfg.kv_heads, cfg.head_width)
         whole = jnp.concatenate([q, k[:, :, :, None], v[:, :, :, None]], axis=3)
-        part["qkv_proj"] = {"kernel": whole}
+        part["qkv_proj"] = {"kernel": whole.reshape(layers, width, -1)}
     if "gate_proj" in part:
         gate, up = (part.pop(name)["kernel"] for name in _MLP)
-        part["gate_up_proj"] = {"kernel": jnp.stack([gate, up], axis=2)}
+        grouped = [x.reshape(*x.shape[:2], cfg.kv_heads, -1) for x in (gate, up)]
+        whole = jnp.stack(grouped, axis=3)
+        part["gate_up_proj"] = {"kernel": whole.reshape(*gate.shape[:2], -1)}
     return part
