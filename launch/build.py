@@ -91,12 +91,10 @@ def networks(weights: Weights, attention: str = "auto", layers: str = "scan") ->
     Raises:
       ValueError: `layers` or `attention` is unknown.
     """
-    if attention not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"attention is {attention!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
+    implementation = resolve_attention(attention)
     if layers not in ("scan", "unrolled"):
         raise ValueError(f"layers is {layers!r}; choose scan or unrolled")
     configs = {name: c.config for name, c in weights.found.components.items()}
-    implementation = None if attention == "auto" else attention
     text = dataclasses.replace(configs["text_encoder"], layers=qwen3_decoder.KLEIN_LAYERS[-1])
     fields = {"implementation": implementation, "scan": layers == "scan"}
     return Networks(
@@ -163,6 +161,17 @@ def unrolled(params: dict[str, Params]) -> dict[str, Params]:
     """Return the parameters of networks with `scan=False`; the given arrays are freed."""
     roots = {"transformer": flux2.STACKED, "text_encoder": qwen3.STACKED, "vae": ()}
     return {name: unstack(tree, roots[name]) for name, tree in params.items()}
+
+
+def resolve_attention(name: str) -> str | None:
+    """Return the attention implementation of a config's name; None, for "auto", by the device.
+
+    Raises:
+      ValueError: the name is unknown.
+    """
+    if name not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(f"attention is {name!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
+    return None if name == "auto" else name
 
 
 def resolve_dtype(name: str) -> Any:

@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from clvr_jax import parallel
 from clvr_jax.backends.local import LocalVlm
 from clvr_jax.generate.text import Networks
-from clvr_jax.kernels.attention import IMPLEMENTATIONS
 from clvr_jax.models.qwen3 import language, serving
+from clvr_jax.models.qwen3.cache import token_bytes
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.models.qwen3.language import LanguageModel
 from clvr_jax.models.qwen3_vl import model, processor, vision
@@ -41,18 +41,19 @@ def find(source: str) -> Component:
 
 
 def networks(cfg: Qwen3VLConfig | Qwen3Config, attention: str = "auto") -> Networks:
-    """Return the networks of a model, as they serve."""
-    implementation = None if attention == "auto" else attention
-    text = cfg.text if isinstance(cfg, Qwen3VLConfig) else cfg
-    fields = {"implementation": implementation}
+    """Return the networks of a model, as they serve.
+
+    Raises:
+      ValueError: `attention` is unknown.
+    """
+    fields = {"implementation": build.resolve_attention(attention)}
     sees = vision.Vision(cfg.vision, **fields) if isinstance(cfg, Qwen3VLConfig) else None
-    return Networks(LanguageModel(text, scan=False, fused=True, **fields), sees)
+    return Networks(LanguageModel(_text(cfg), scan=False, fused=True, **fields), sees)
 
 
 def prepare(cfg: Qwen3VLConfig | Qwen3Config, params: Params, mesh: Mesh | None) -> Params:
     """Return parameters as a `LocalVlm` takes them; frees the given, stacked ones."""
-    sees = isinstance(cfg, Qwen3VLConfig)
-    text = cfg.text if sees else cfg
+    sees, text = isinstance(cfg, Qwen3VLConfig), _text(cfg)
     stacked = params["language"] if sees else params
     places = None
     if mesh is not None:
@@ -91,9 +92,8 @@ def load_vlm(
     Raises:
       ValueError: an option is unknown, or a file does not fit.
     """
-    if attention not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(f"attention is {attention!r}; choose auto, {', '.join(IMPLEMENTATIONS)}")
     cfg = component.config
+    nets = networks(cfg, attention)  # a wrong option is told before weights are read
     sees = isinstance(cfg, Qwen3VLConfig)
     folder = component.path.parent if component.layout == "orbax" else component.path
     reads = processor.load(folder, cfg.vision if sees else None, **(template_options or {}))
@@ -102,7 +102,7 @@ def load_vlm(
     params = prepare(cfg, load(component.open(), tree, component.stacked, places), mesh)
     return LocalVlm(
         name or Path(folder).resolve().name,
-        networks(cfg, attention),
+        nets,
         params,
         reads,
         cfg if sees else None,
@@ -135,11 +135,15 @@ def describe(source: str, config: Any) -> None:
     component = find(source)
     cfg, dtype = component.config, jnp.dtype(build.resolve_dtype(config.dtype))
     mesh = build.make_mesh(config.mesh)
-    text = cfg.text if isinstance(cfg, Qwen3VLConfig) else cfg
     total = build.describe_tree("vlm", abstract(cfg, dtype), mesh)
     print(f"weights: {total / 2**30:.2f} GiB per device")
-    token = 2 * text.layers * text.kv_heads * text.head_width * dtype.itemsize
+    token = token_bytes(_text(cfg), dtype.itemsize)
     print(
         f"cache: {token:,} bytes a token, {token * config.context / 2**30:.2f} GiB for a "
         f"conversation of {config.context:,} tokens, all devices together"
     )
+
+
+def _text(cfg: Qwen3VLConfig | Qwen3Config) -> Qwen3Config:
+    """The sizes of the language half."""
+    return cfg.text if isinstance(cfg, Qwen3VLConfig) else cfg

@@ -15,6 +15,7 @@ from clvr_jax.generate.image import Settings
 from clvr_jax.kernels import attention
 from clvr_jax.models.flux2.config import STACKED, TRANSFORMER_VARIANTS, VAE_VARIANTS
 from clvr_jax.models.flux2.layout import Layout
+from clvr_jax.models.qwen3.cache import token_bytes
 from clvr_jax.models.qwen3.config import VARIANTS
 from clvr_jax.models.qwen3_vl.config import VARIANTS as VLMS
 from clvr_jax.tree import flatten
@@ -70,7 +71,7 @@ def test_flops_and_bytes_of_the_vision_language_model():
     assert flops.vision(cfg.vision, 4096) / 1e12 == pytest.approx(5.80, rel=0.02)
     assert flops.text_encoder(cfg.text, 1100) / 1e12 == pytest.approx(15.6, rel=0.02)
     assert text.decode_bytes(cfg.text, 2) / 1e9 == pytest.approx(15.136, rel=1e-3)
-    assert text.cache_bytes(cfg.text, 2) == 147_456
+    assert token_bytes(cfg.text, 2) == 147_456
 
 
 def test_the_text_benchmark_writes_its_report(tmp_path):

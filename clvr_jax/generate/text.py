@@ -17,7 +17,7 @@ from flax import struct
 
 from clvr_jax.generate import sampling
 from clvr_jax.models.qwen3 import cache, language
-from clvr_jax.models.qwen3.cache import KV
+from clvr_jax.models.qwen3.cache import KV, spread
 from clvr_jax.models.qwen3.language import LanguageModel
 from clvr_jax.models.qwen3_vl.vision import Places, Vision
 from clvr_jax.parallel import constrain
@@ -25,7 +25,7 @@ from clvr_jax.typing import Array, Float, Int, Params
 
 CHUNK = 16  # tokens that one decode call generates at most: the host is asked no more often
 _SCORED = 64  # rows whose scores over the vocabulary exist at once
-_NO_STOP = -1
+_NOTHING = -1  # in the place of a token where a row had ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +100,12 @@ class Tokens:
       logprobs: of those tokens under the raw scores.
       rivals: (b, CHUNK, r) likeliest tokens of each step, best first.
       rival_logprobs: theirs.
-      active: rows that go on.
     """
 
     ids: Any
     logprobs: Any
     rivals: Any
     rival_logprobs: Any
-    active: Any
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -204,11 +202,10 @@ def decode(
     b = len(rows.lengths)
     rows = rows.replace(active=rows.active & keep)
     out = Tokens(
-        ids=jnp.full((b, CHUNK), _NO_STOP, jnp.int32),
+        ids=jnp.full((b, CHUNK), _NOTHING, jnp.int32),
         logprobs=jnp.zeros((b, CHUNK), jnp.float32),
         rivals=jnp.zeros((b, CHUNK, rivals), jnp.int32),
         rival_logprobs=jnp.zeros((b, CHUNK, rivals), jnp.float32),
-        active=rows.active,
     )
 
     def body(carry):
@@ -217,7 +214,7 @@ def decode(
         norm = jax.nn.logsumexp(rows.scores, axis=-1)
         logprobs = jnp.take_along_axis(rows.scores, ids[:, None], axis=-1)[:, 0] - norm
         out = out.replace(
-            ids=out.ids.at[:, i].set(jnp.where(rows.active, ids, _NO_STOP)),
+            ids=out.ids.at[:, i].set(jnp.where(rows.active, ids, _NOTHING)),
             logprobs=out.logprobs.at[:, i].set(logprobs),
         )
         if rivals:
@@ -249,7 +246,7 @@ def decode(
 
     going = lambda carry: (carry[0] < steps) & jnp.any(carry[1].active)
     _, rows, out = jax.lax.while_loop(going, body, (jnp.int32(0), rows, out))
-    return rows, out.replace(active=rows.active)
+    return rows, out
 
 
 def empty_cache(nets: Networks, rows: int, places: int, like: jax.Array) -> tuple[KV, ...]:
@@ -308,7 +305,7 @@ def settle(rows: Rows) -> Rows:
 @functools.partial(jax.jit, static_argnums=2)
 def extract(cache: tuple[KV, ...], row: Int[Array, ""], places: int) -> tuple[KV, ...]:
     """Return the cache of one row of a batch, its first places."""
-    take = lambda x: _spread(jax.lax.dynamic_index_in_dim(x[:, :, :places], row, axis=0))
+    take = lambda x: spread(jax.lax.dynamic_index_in_dim(x[:, :, :places], row, axis=0))
     return jax.tree.map(take, cache)
 
 
@@ -329,7 +326,7 @@ def _read(nets, params, new: New, features, cache, fresh):
 @functools.partial(jax.jit, static_argnums=range(4))
 def _empty(cfg, rows, places, dtype):
     made = cache.empty(cfg.layers, rows, cfg.kv_heads, places, cfg.head_width, dtype)
-    return jax.tree.map(_spread, made)
+    return jax.tree.map(spread, made)
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -337,7 +334,7 @@ def _resize(kv: KV, rows, places: int) -> KV:
     def one(x):
         x = x if rows is None else jnp.take(x, rows, axis=0)
         more = max(places - x.shape[2], 0)
-        return _spread(jnp.pad(x[:, :, :places], ((0, 0), (0, 0), (0, more), (0, 0))))
+        return spread(jnp.pad(x[:, :, :places], ((0, 0), (0, 0), (0, more), (0, 0))))
 
     return jax.tree.map(one, kv)
 
@@ -350,10 +347,6 @@ def _take(rows: Rows, index, real) -> Rows:
 
 def _settled(rows: Rows) -> Rows:
     """The cache spread over the mesh, everything else whole on every device."""
-    cache = jax.tree.map(_spread, rows.cache)
+    cache = jax.tree.map(spread, rows.cache)
     rest = jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), rows.replace(cache=()))
     return rest.replace(cache=cache)
-
-
-def _spread(x):
-    return constrain(x, "batch", "heads", None, None)

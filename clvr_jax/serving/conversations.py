@@ -55,9 +55,8 @@ class Conversations:
 
     def __init__(self, start: Callable[[], Session], keep: int):
         self._start, self._keep = start, keep
-        self._waiting: collections.deque[tuple[bytes, Session]] = (
-            collections.deque()
-        )  # oldest first
+        # oldest first
+        self._waiting: collections.deque[tuple[bytes, Session]] = collections.deque()
         self._lock = threading.Lock()
         self._closed = False
         # closing may take a while, and callers are an event loop or a backend's own thread

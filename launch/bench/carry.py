@@ -37,8 +37,8 @@ def carry(name: str, cfg: Any, params: Any, module: torch.nn.Module) -> None:
         target = theirs[file_name]
         if (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
             raise ValueError(
-                f"{name}: {file_name} is {target.dtype} {tuple(target.shape)} in diffusers, ours "
-                f"gives {tensor.dtype} {tuple(tensor.shape)}"
+                f"{name}: {file_name} is {target.dtype} {tuple(target.shape)} in the reference, "
+                f"ours gives {tensor.dtype} {tuple(tensor.shape)}"
             )
         target.copy_(tensor)
 

@@ -14,6 +14,7 @@ from clvr_jax.backends.local.sequence import Sequence, bucket
 from clvr_jax.backends.local.work import Work
 from clvr_jax.backends.protocol import Options
 from clvr_jax.generate import text
+from clvr_jax.models.qwen3.cache import token_bytes
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.models.qwen3_vl import config, model
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig, VisionConfig
@@ -182,7 +183,7 @@ def run(case: Case, repeat: int, peer: bool, threads: int | None = None) -> dict
     }
     weights = decode_bytes(cfg.text, jnp.dtype(case.dtype).itemsize)
     for b in case.batches:
-        cache = b * case.prompt * cache_bytes(cfg.text, jnp.dtype(case.dtype).itemsize)
+        cache = b * case.prompt * token_bytes(cfg.text, jnp.dtype(case.dtype).itemsize)
         results = part(
             f"decode {text.CHUNK} tokens, batch {b}",
             {
@@ -205,11 +206,6 @@ def decode_bytes(cfg: Qwen3Config, width: int) -> int:
     attention = cfg.width * cfg.head_width * (2 * cfg.heads + 2 * cfg.kv_heads)
     layer = attention + 3 * cfg.width * cfg.mlp_width
     return width * (cfg.layers * layer + cfg.vocab * cfg.width)
-
-
-def cache_bytes(cfg: Qwen3Config, width: int) -> int:
-    """Return the bytes of keys and values of one token."""
-    return width * 2 * cfg.layers * cfg.kv_heads * cfg.head_width
 
 
 def _rates(

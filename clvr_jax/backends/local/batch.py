@@ -139,8 +139,3 @@ class Batch:
             if work is not None and work.mask is not None:
                 masks[i] = work.mask
         return masks
-
-
-def parked_bytes(cache: tuple[KV, ...] | None) -> int:
-    """Return the bytes of a sequence's own cache."""
-    return 0 if cache is None else sum(kv.keys.nbytes + kv.values.nbytes for kv in cache)

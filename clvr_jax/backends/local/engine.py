@@ -18,13 +18,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from clvr_jax.backends.local.batch import Batch, parked_bytes
+from clvr_jax.backends.local.batch import Batch
 from clvr_jax.backends.local.grammar import Grammars
+from clvr_jax.backends.local.parking import Parking
 from clvr_jax.backends.local.reader import PIECE, Reader
 from clvr_jax.backends.local.sequence import Sequence, bucket
 from clvr_jax.backends.local.work import Work
-from clvr_jax.backends.protocol import Closed, InvalidRequest
+from clvr_jax.backends.protocol import Closed
 from clvr_jax.generate import text
+from clvr_jax.models.qwen3 import cache
 from clvr_jax.typing import Params
 
 
@@ -57,24 +59,22 @@ class Engine:
         max_rows: int,
         mesh: Mesh | None,
     ):
-        cfg = nets.language.cfg
         width = jax.tree.leaves(params["language"])[0].dtype.itemsize
-        self._token_bytes = 2 * cfg.layers * cfg.kv_heads * cfg.head_width * width
-        if bucket(context + PIECE) * self._token_bytes > cache_bytes:
+        self._token_bytes = cache.token_bytes(nets.language.cfg, width)
+        least = bucket(context + PIECE) * self._token_bytes
+        if least > cache_bytes:
             raise ValueError(
                 f"the cache budget is {cache_bytes / 2**30:.2f} GiB, one conversation of {context} "
-                f"tokens takes {bucket(context + PIECE) * self._token_bytes / 2**30:.2f}; raise "
-                "the budget or lower the context"
+                f"tokens takes {least / 2**30:.2f}; raise the budget or lower the context"
             )
         if max_rows < 1 or max_rows & (max_rows - 1):
             raise ValueError(f"max_rows is {max_rows}; it must be a power of two")
-        self.context, self.max_rows, self.cache_bytes = context, max_rows, cache_bytes
-        self.evictions = 0
+        self.max_rows, self.cache_bytes = max_rows, cache_bytes
         self._reader, self._grammars, self._mesh = reader, grammars, mesh
         self._batch = Batch(nets, params["language"])
         self._waiting: collections.deque[Work] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], Any]] = collections.deque()
-        self._parked: set[Sequence] = set()
+        self._parked = Parking()
         self._reading: tuple[Work, Iterator[tuple[int, Any]]] | None = None
         self._changed = threading.Condition()
         self._closing = False
@@ -126,6 +126,11 @@ class Engine:
             "cache_bytes": self._held(),
             "evictions": self.evictions,
         }
+
+    @property
+    def evictions(self) -> int:
+        """How often a waiting conversation has lost its cache."""
+        return self._parked.evictions
 
     def drop(self, seq: Sequence) -> None:
         """Forget a sequence; a turn of it that is running is cancelled."""
@@ -254,8 +259,8 @@ class Engine:
             tokens, scores = next(pieces)
             if seq.cached == len(seq):
                 work.read = time.perf_counter()
-                cache, seq.cache = seq.cache, None
-                self._batch.add(work, scores, cache)
+                own, seq.cache = seq.cache, None
+                self._batch.add(work, scores, own)
                 self._reading = None
         except Exception as error:
             self._fail_reading(work, error)
@@ -369,15 +374,13 @@ class Engine:
             self._settle(self._waiting.popleft(), error)
         while self._calls:
             self._calls.popleft()[1].set_exception(error)
-        while self._parked:
-            self._parked.pop().evict()
+        self._parked.clear()
 
     def _park(self, seq: Sequence) -> None:
         """Keep a waiting conversation's cache, as far as the budget allows."""
         if seq.closed or seq.cache is None or not seq.cached:
             self._unpark(seq)
             return
-        seq.touch()
         self._parked.add(seq)
         self._make_room()
 
@@ -388,13 +391,7 @@ class Engine:
 
     def _make_room(self, places: int = 0) -> None:
         """Evict the least recently used: turns run to their ends, and `places` are free."""
-        free = self.cache_bytes - (self._reserved() + places) * self._token_bytes
-        for seq in sorted(self._parked, key=lambda seq: seq.used):
-            if sum(parked_bytes(seq.cache) for seq in self._parked) <= free:
-                return
-            self._parked.discard(seq)
-            seq.evict()
-            self.evictions += 1
+        self._parked.shrink(self.cache_bytes - (self._reserved() + places) * self._token_bytes)
 
     def _reserved(self) -> int:
         """Places that running turns, and one that is being read, may come to need."""
@@ -405,19 +402,5 @@ class Engine:
     def _held(self) -> int:
         rows, places = self._batch.size
         reading = self._reading  # once: other threads ask as well
-        own = [seq.cache for seq in tuple(self._parked)]
-        own += [reading[0].sequence.cache] if reading is not None else []
-        return rows * places * self._token_bytes + sum(map(parked_bytes, own))
-
-
-def check_length(tokens: int, context: int) -> None:
-    """Refuse a conversation that leaves no room for a reply.
-
-    Raises:
-      InvalidRequest: it does not.
-    """
-    if tokens >= context:
-        raise InvalidRequest(
-            f"the conversation has {tokens} tokens with this turn, the context holds {context}; "
-            "shorten it or start a new one"
-        )
+        own = None if reading is None else reading[0].sequence.cache
+        return rows * places * self._token_bytes + self._parked.nbytes() + cache.nbytes(own)

@@ -75,8 +75,7 @@ class Reader:
         behind its cached tokens is not counted as such.
         """
         whole = np.asarray([seq.ids[-1], *continuation], np.int32)
-        positions = seq.position + np.arange(len(whole), dtype=np.int32)
-        positions = np.repeat(positions[:, None], 3, axis=1)
+        positions = _along(seq.position, len(whole))
         none = np.full(len(whole), -1, np.int32)
         out = []
         for start in range(0, len(continuation), PIECE):
@@ -118,8 +117,7 @@ class Reader:
         self, tokens: int, pictures: list[tuple[int, Picture]], start: int
     ) -> tuple[np.ndarray, int]:
         if self._cfg is None:
-            plain = np.arange(start, start + tokens, dtype=np.int32)
-            return np.repeat(plain[:, None], 3, axis=1), start + tokens
+            return _along(start, tokens), start + tokens
         # by where pictures are, not by token: a model may sample an image token
         marks = np.full(tokens, -1)
         for at, picture in pictures:
@@ -147,6 +145,11 @@ class Reader:
         if seq.cache[0].keys.shape[2] >= places:
             return seq.cache
         return text.resize(seq.cache, places)
+
+
+def _along(start: int, count: int) -> np.ndarray:
+    """Positions of text: the same along time, height and width."""
+    return np.repeat(np.arange(start, start + count, dtype=np.int32)[:, None], 3, axis=1)
 
 
 def room(cached: int, stop: int) -> int:

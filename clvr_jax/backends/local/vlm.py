@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from clvr_jax.backends.local.engine import Engine, check_length
+from clvr_jax.backends.local.engine import Engine
 from clvr_jax.backends.local.grammar import Grammars
 from clvr_jax.backends.local.output import Output
 from clvr_jax.backends.local.reader import Reader
@@ -168,7 +168,7 @@ class LocalSession:
         vlm, seq = self._vlm, self._sequence
         turn = self._turn(messages)
         new = 0 if turn is None else len(turn.ids)
-        check_length(len(seq) + new, vlm.context)
+        _check_length(len(seq) + new, vlm.context)
         ends = vlm.processor.stops
         return Work(
             sequence=seq,
@@ -189,7 +189,7 @@ class LocalSession:
         if not ids or not all(ids):
             raise InvalidRequest("a continuation to score is empty")
         new = 0 if turn is None else len(turn.ids)
-        check_length(len(seq) + new + max(map(len, ids)), vlm.context)
+        _check_length(len(seq) + new + max(map(len, ids)), vlm.context)
 
         def run() -> list[Any]:
             mark = seq.mark()
@@ -221,6 +221,19 @@ class LocalSession:
             return processor.later(given, seq.ids[-1] == processor.close)
         except ValueError as error:
             raise InvalidRequest(str(error)) from error
+
+
+def _check_length(tokens: int, context: int) -> None:
+    """Refuse a conversation that leaves no room for a reply.
+
+    Raises:
+      InvalidRequest: it does not.
+    """
+    if tokens >= context:
+        raise InvalidRequest(
+            f"the conversation has {tokens} tokens with this turn, the context holds {context}; "
+            "shorten it or start a new one"
+        )
 
 
 def _free_memory() -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from clvr_jax.kernels.attention import attend
+from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.parallel import constrain
 from clvr_jax.typing import Array, Float, Int
 
@@ -17,6 +18,10 @@ class KV:
     """One layer's keys and values, `m` places a row; which of them are real the caller knows.
 
     Heads come before places: a decode step reads each head's keys as one contiguous matrix.
+
+    Attributes:
+      keys: (b g m k).
+      values: (b g m k).
     """
 
     keys: Any
@@ -24,9 +29,9 @@ class KV:
 
     def write(
         self,
-        keys: Any,
-        values: Any,
-        offset: Any,
+        keys: Float[Array, "b l g k"],
+        values: Float[Array, "b l g k"],
+        offset: Int[Array, "b"],
     ) -> "KV":
         """Return the cache with `l` new tokens from place `offset` of each row on.
 
@@ -48,7 +53,6 @@ class KV:
             write = lambda old, new, start: jax.lax.dynamic_update_slice(old, new, (0, start, 0))
             return jax.vmap(write)(old, new, offset)
 
-        spread = lambda x: constrain(x, "batch", "heads", None, None)
         return KV(spread(put(self.keys, keys)), spread(put(self.values, values)))
 
 
@@ -80,6 +84,11 @@ def attend_cached(
     return einops.rearrange(out, "b g r k -> b 1 (g r) k").astype(q.dtype)
 
 
+def spread(x: Array) -> Array:
+    """Return keys or values (b g m k) spread over the mesh, if there is one."""
+    return constrain(x, "batch", "heads", None, None)
+
+
 def empty(
     layers: int, rows: int, heads: int, places: int, width: int, dtype: Any
 ) -> tuple[KV, ...]:
@@ -88,6 +97,11 @@ def empty(
     return tuple(KV(make(), make()) for _ in range(layers))
 
 
-def nbytes(caches: tuple[KV, ...]) -> int:
-    """Return the bytes that a cache occupies."""
-    return sum(x.nbytes for x in jax.tree.leaves(caches))
+def nbytes(cache: tuple[KV, ...] | None) -> int:
+    """Return the bytes that a cache occupies; 0 where there is none."""
+    return sum(x.nbytes for x in jax.tree.leaves(cache))
+
+
+def token_bytes(cfg: Qwen3Config, width: int) -> int:
+    """Return the bytes of keys and values of one token, `width` bytes a number."""
+    return 2 * cfg.layers * cfg.kv_heads * cfg.head_width * width

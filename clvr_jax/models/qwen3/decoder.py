@@ -15,7 +15,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.kernels.attention import attend
-from clvr_jax.models.layers import Linear, RMSNorm, stack
+from clvr_jax.models.layers import Linear, RMSNorm, rotary_frequencies, stack
 from clvr_jax.models.qwen3.cache import KV, attend_cached
 from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.parallel import constrain
@@ -226,15 +226,10 @@ def angles(
     j < 3 * section of that axis, and with time elsewhere. Source: transformers'
     `modeling_qwen3_vl.py`, `recomposition_frequencies`.
     """
-    # float32: bfloat16 rounds position 257 to 256
-    exponent = np.arange(0, cfg.head_width, 2, dtype=np.float32) / np.float32(cfg.head_width)
-    # the power rounded once from float64, as torch's nearly always is: at position 30,000 the last
-    # bit of a frequency is 7e-5 of the logits
-    power = np.float64(cfg.rope_theta) ** exponent.astype(np.float64)
-    frequencies = np.float32(1) / power.astype(np.float32)
+    frequencies = rotary_frequencies(cfg.head_width, cfg.rope_theta)
+    places = positions.astype(jnp.float32)  # bfloat16 rounds position 257 to 256
     if positions.ndim == 2:
-        return positions.astype(jnp.float32)[..., None] * frequencies
-    places = positions.astype(jnp.float32)
+        return places[..., None] * frequencies
     return jnp.take(places, axes_of_frequencies(cfg), axis=-1) * frequencies
 
 

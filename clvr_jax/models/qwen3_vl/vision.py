@@ -14,7 +14,13 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.kernels.attention import attend
-from clvr_jax.models.layers import LayerNorm, Linear, biased_product, stack
+from clvr_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    biased_product,
+    rotary_frequencies,
+    stack,
+)
 from clvr_jax.models.qwen3.decoder import rotate_half
 from clvr_jax.models.qwen3_vl.config import VISION_EPS, VISION_ROPE_THETA, VisionConfig
 from clvr_jax.parallel import constrain
@@ -183,10 +189,7 @@ class Merger(nn.Module):
 
 def angles(rows: Int[Array, "b p 2"], cfg: VisionConfig) -> Float[Array, "b p half"]:
     """Return rotary angles: the first half of the frequencies turns with the row."""
-    half = cfg.head_width // 2
-    exponent = np.arange(0, half, 2, dtype=np.float32) / np.float32(half)
-    power = np.float64(VISION_ROPE_THETA) ** exponent.astype(np.float64)  # rounded once
-    frequencies = np.float32(1) / power.astype(np.float32)
+    frequencies = rotary_frequencies(cfg.head_width // 2, VISION_ROPE_THETA)
     turns = rows.astype(jnp.float32)[..., None] * frequencies
     return einops.rearrange(turns, "b p two j -> b p (two j)")
 
