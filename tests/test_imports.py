@@ -13,17 +13,19 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("clvr_jax", "clvr_jax.typing"),
     ("clvr_jax.tree",),
-    ("clvr_jax.parallel", "clvr_jax.weights", "clvr_jax.diffusion"),
+    ("clvr_jax.parallel", "clvr_jax.weights", "clvr_jax.diffusion", "clvr_jax.data"),
     ("clvr_jax.checkpoint", "clvr_jax.lora", "clvr_jax.kernels"),
-    ("clvr_jax.models",),
+    ("clvr_jax.models", "clvr_jax.train"),
     ("clvr_jax.generate",),
     ("clvr_jax.backends",),
-    ("clvr_jax.serving",),
+    ("clvr_jax.serving", "clvr_jax.sft"),
     ("conversion",),
     ("launch",),
 )
 # of what lies below it, models may use only these
 MODELS_MAY = {"clvr_jax.typing", "clvr_jax.tree", "clvr_jax.kernels", "clvr_jax.parallel"}
+# and training knows no model, no data and no equations of diffusion
+TRAIN_MAY = {"clvr_jax.typing", "clvr_jax.tree", "clvr_jax.parallel", "clvr_jax.checkpoint"}
 # third-party packages with one home
 HOMES = {
     "flax.linen": "clvr_jax.models",
@@ -72,6 +74,8 @@ def test_a_module_imports_only_from_lower_rooms(file):
         assert other < level, f"{file.relative_to(ROOT)} ({own}) imports {imported} ({room})"
         if own == "clvr_jax.models":
             assert room in MODELS_MAY, f"{file.relative_to(ROOT)} may not import {imported}"
+        if own == "clvr_jax.train":
+            assert room in TRAIN_MAY, f"{file.relative_to(ROOT)} may not import {imported}"
 
 
 @pytest.mark.parametrize("package,home", HOMES.items())

@@ -1,0 +1,265 @@
+"""The states of a training run: saved beside the training, kept by rule, restored on any mesh.
+
+A save is written under a temporary name and renamed when it is whole, so what is listed is
+complete; what a killed process left is removed by the next start.
+"""
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from clvr_jax.checkpoint.params import ParamsReader
+from clvr_jax.weights import WeightsError
+
+STATE, META = "state", "meta"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written or read; the text says which and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay when newer ones come; a checkpoint stays if any rule keeps it.
+
+    Attributes:
+      last: the newest so many; at least 1.
+      every: all whose step is a multiple of this; 0 for none.
+      best: the so many with the lowest `metric`; 0 for none.
+      metric: name of the metric given to `Checkpoints.save`.
+    """
+
+    last: int = 2
+    every: int = 0
+    best: int = 0
+    metric: str = "loss"
+
+    def __post_init__(self):
+        if self.last < 1 or self.every < 0 or self.best < 0:
+            raise ValueError(f"{self}: last must be 1 or more, every and best 0 or more")
+
+
+class Checkpoints:
+    """The checkpoints of one run; in a cluster every process makes one and calls it alike.
+
+    Args:
+      folder: where they are, local or an object store (gs://...); made if absent.
+      keep: which stay.
+      read_only: nothing is made, removed or written.
+    """
+
+    def __init__(self, folder: Any, keep: Keep | None = None, read_only: bool = False):
+        import orbax.checkpoint as ocp
+        from etils import epath
+
+        self.keep = keep or Keep()
+        self.folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self.folder = epath.Path(self.folder.absolute())
+        if read_only and not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} does not exist; expected checkpoints of a run")
+        self.seconds = 0.0  # spent in `save`, while training waited
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_policy(self.keep),
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
+                enable_async_checkpointing=not read_only,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Return the steps of all finished checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin a save and return as soon as the arrays are copied from the devices.
+
+        Args:
+          step: steps done.
+          state: a dict of trees of arrays, however they are sharded.
+          meta: values for JSON: what else a resumed run needs.
+          metrics: for `Keep.best`.
+
+        Raises:
+          CheckpointError: the disk has too little room, or the save before this one failed.
+        """
+        import orbax.checkpoint as ocp
+
+        began = time.perf_counter()
+        self.wait()
+        self._check_room(state)
+        items = ocp.args.Composite(
+            **{STATE: ocp.args.StandardSave(dict(state)), META: ocp.args.JsonSave(dict(meta))}
+        )
+        given = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        try:
+            self._manager.save(step, args=items, metrics=given, force=True)
+        except OSError as error:
+            raise CheckpointError(f"{self.folder}: saving step {step} failed: {error}") from error
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def wait(self) -> None:
+        """Return when the last save is on the disk.
+
+        Raises:
+          CheckpointError: it failed; earlier checkpoints are as they were.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever the writing thread met: it is not raised anew
+            raise CheckpointError(
+                f"{self.folder}: the last save failed: {error}; what was saved before is whole"
+            ) from error
+
+    def meta(self, step: int | None = None) -> tuple[int, dict[str, Any]]:
+        """Return (step, meta) of a checkpoint, the newest by default.
+
+        Raises:
+          CheckpointError: there is none, or it cannot be read.
+        """
+        import orbax.checkpoint as ocp
+
+        step = self._found(step)
+        items = ocp.args.Composite(**{META: ocp.args.JsonRestore()})
+        return step, self._restore(step, items)[META]
+
+    def restore(self, step: int, abstract: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state of a checkpoint as `abstract` asks for it.
+
+        Args:
+          step: one of `steps()`.
+          abstract: the saved dict's trees as `jax.ShapeDtypeStruct`; their `sharding` may be of any
+            mesh and number of devices.
+
+        Raises:
+          CheckpointError: it cannot be read, or holds a tree of other names or shapes.
+        """
+        import orbax.checkpoint as ocp
+
+        step = self._found(step)
+        self._compare(step, abstract)
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(dict(abstract))})
+        return self._restore(step, items)[STATE]
+
+    def reader(self, step: int | None = None) -> ParamsReader:
+        """Return the leaves of a checkpoint's state, read one by one without devices.
+
+        Raises:
+          CheckpointError: there is none.
+        """
+        step = self._found(step)
+        return ParamsReader(str(self.folder / str(step) / STATE))
+
+    def close(self) -> None:
+        """Finish the last save and stop the threads.
+
+        Raises:
+          CheckpointError: the last save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def _found(self, step: int | None) -> int:
+        self.wait()
+        steps = self.steps()
+        if not steps:
+            raise CheckpointError(f"{self.folder} holds no finished checkpoint")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            shown = ", ".join(map(str, steps))
+            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}, only {shown}")
+        return step
+
+    def _restore(self, step: int, items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax and TensorStore raise several kinds for broken files
+            raise self._broken(step, error) from error
+
+    def _broken(self, step: int, error: Exception) -> CheckpointError:
+        others = [str(other) for other in self.steps() if other != step]
+        advice = f"take another one: {', '.join(others)}" if others else "there is no other"
+        text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        return CheckpointError(f"{self.folder / str(step)} cannot be read ({text}); {advice}")
+
+    def _compare(self, step: int, abstract: Mapping[str, Any]) -> None:
+        try:
+            saved = {name: shape for name, (shape, _) in self.reader(step).specs.items()}
+        except WeightsError as error:
+            raise self._broken(step, error) from error
+        asked = _named(abstract)
+        lines = [f"missing: {name} {shape}" for name, shape in asked.items() if name not in saved]
+        lines += [f"not asked for: {name} {saved[name]}" for name in saved if name not in asked]
+        lines += [
+            f"{name} is {saved[name]}, asked for as {shape}"
+            for name, shape in asked.items()
+            if name in saved and tuple(saved[name]) != shape
+        ]
+        if lines:
+            more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
+            raise CheckpointError(
+                f"{self.folder / str(step)} holds another state: {'; '.join(lines[:5])}{more}; "
+                "resume with the config it was made with, or begin a new run from its weights"
+            )
+
+    def _check_room(self, state: Mapping[str, Any]) -> None:
+        if "://" in str(self.folder):
+            return
+        needed = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(state)
+            for shard in getattr(leaf, "addressable_shards", ())
+            if shard.replica_id == 0
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + 2**24:
+            raise CheckpointError(
+                f"{self.folder} has {free / 2**30:.2f} GiB free, a checkpoint takes "
+                f"{needed / 2**30:.2f} GiB; free some space (earlier checkpoints are whole)"
+            )
+
+
+def _policy(keep: Keep) -> Any:
+    from orbax.checkpoint import checkpoint_managers as managers
+
+    rules: list[Any] = [managers.LatestN(keep.last)]
+    if keep.every:
+        rules.append(managers.EveryNSteps(keep.every))
+    if keep.best:
+        rules.append(
+            managers.BestN(
+                get_metric_fn=lambda metrics: metrics.get(keep.metric, math.inf),
+                reverse=True,
+                n=keep.best,
+                keep_checkpoints_without_metrics=False,
+            )
+        )
+    return managers.AnyPreservationPolicy(rules)
+
+
+def _named(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes by the names that Orbax gives leaves: keys, attributes and indices joined."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(dict(state))[0]:
+        names = [getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path]
+        named["/".join(map(str, names))] = tuple(np.shape(leaf))
+    return named

@@ -1,0 +1,1 @@
+"""Training: optimiser, state, step, loop, metrics. Knows no model."""
