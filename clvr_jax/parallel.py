@@ -2,22 +2,24 @@
 
 A rule table maps parameter paths to specs. First match wins; a spec has the leaf's rank, or is
 `P()` for any rank; an unmatched path is an error; a dimension that its axes do not divide is
-replicated and reported.
+replicated and reported. Devices along `context` share the tokens of a sequence and, like those
+along `fsdp`, the parameters: what a rule spreads over `fsdp` is spread over both.
 """
 
 import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from clvr_jax.tree import flatten, unflatten
 from clvr_jax.typing import Params
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "context")
 
 RULES: tuple[tuple[str, P], ...] = (
     # FLUX.2 transformer: layer, d, part, heads or f
@@ -54,6 +56,7 @@ RULES: tuple[tuple[str, P], ...] = (
 # what the dimensions of activations are spread over
 _ACTIVATIONS = {
     "batch": ("data", "fsdp"),
+    "tokens": ("context",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -83,21 +86,28 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> tuple[P, list[str]]:
+def fit(spec: P, shape: Sequence[int], mesh: Mesh | AbstractMesh) -> tuple[P, list[str]]:
     """Return `spec` without the axes that do not divide `shape`, and a line for each such case."""
     fitted, notes = [], []
-    for size, names in zip(shape, spec):
-        names = (names,) if isinstance(names, str) else (names or ())
-        ways = math.prod(mesh.shape[name] for name in names)
-        if size % ways:
-            notes.append(f"dimension {size} is not divided by {'*'.join(names)}={ways}: replicated")
+    ways = lambda names: math.prod(mesh.shape[name] for name in names)
+    said = lambda names: f"{'*'.join(names)}={ways(names)}"
+    for size, given in zip(shape, spec):
+        given = (given,) if isinstance(given, str) else (given or ())
+        names = given
+        if "fsdp" in given and mesh.shape.get("context", 1) > 1:
+            names = (*given, "context")
+            if size % ways(names) and size % ways(given) == 0:
+                notes.append(f"dimension {size} is not divided by {said(names)}: {said(given)}")
+                names = given
+        if size % ways(names):
+            notes.append(f"dimension {size} is not divided by {said(names)}: replicated")
             names = ()
         fitted.append(tuple(names) if len(names) > 1 else (names[0] if names else None))
     return P(*fitted), notes
 
 
 def specs(
-    abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RULES
+    abstract: Params, mesh: Mesh | AbstractMesh, rules: Sequence[tuple[str, P]] = RULES
 ) -> tuple[dict[str, P], dict[str, list[str]]]:
     """Return the spec of every leaf by path, and the notes of those that fell back.
 
@@ -131,20 +141,73 @@ def shardings(abstract: Params, mesh: Mesh, rules: Sequence[tuple[str, P]] = RUL
     return unflatten({path: NamedSharding(mesh, spec) for path, spec in chosen.items()})
 
 
-def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Constrain an activation's dimensions, named batch, heads, mlp, vocab or None.
+def spec(shape: Sequence[int], *names: str | None) -> P | None:
+    """Return how an activation lies on the mesh of `jax.set_mesh`, or None outside one.
 
-    Outside a mesh (`jax.set_mesh`) this returns `x`. Axes that do not divide a dimension are left
-    out, so a batch of one runs on any mesh.
+    Args:
+      shape: its sizes.
+      names: of its dimensions: batch, tokens, heads, mlp, vocab or None. Axes that do not divide a
+        dimension are left out, so a batch of one runs on any mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return x
-    spec = []
-    for size, name in zip(x.shape, names, strict=True):
+        return None
+    chosen = []
+    for size, name in zip(shape, names, strict=True):
         axes: tuple[str, ...] = ()
         for axis in _ACTIVATIONS.get(name, ()):
-            if axis in mesh.shape and size % math.prod(mesh.shape[a] for a in (*axes, axis)) == 0:
+            ways = math.prod(mesh.shape.get(a, 1) for a in (*axes, axis))
+            if mesh.shape.get(axis, 1) > 1 and size % ways == 0:
                 axes += (axis,)
-        spec.append(axes or None)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+        chosen.append(axes or None)
+    return P(*chosen)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Constrain an activation's dimensions, named as for `spec`; outside a mesh return `x`."""
+    placed = spec(x.shape, *names)
+    return x if placed is None else jax.lax.with_sharding_constraint(x, placed)
+
+
+def row_devices(mesh: Mesh | None) -> int:
+    """Return over how many devices the rows of a batch are spread."""
+    if mesh is None:
+        return 1
+    return math.prod(mesh.shape[axis] for axis in _ACTIVATIONS["batch"])
+
+
+def row_share(mesh: Mesh | None, rows: int) -> tuple[int, int]:
+    """Return which rows of a batch this process reads, as (number, of how many equal parts).
+
+    Processes whose devices hold the same rows read the same part.
+
+    Raises:
+      ValueError: this process's devices hold rows that are no such part.
+    """
+    if mesh is None or jax.process_count() == 1:
+        return 0, 1
+    places = NamedSharding(mesh, P(_ACTIVATIONS["batch"])).addressable_devices_indices_map((rows,))
+    own = sorted({index[0].indices(rows)[:2] for index in places.values()})
+    start, stop = own[0][0], own[-1][1]
+    count = rows // (stop - start)
+    if (
+        sum(b - a for a, b in own) != stop - start
+        or rows % (stop - start)
+        or start % (stop - start)
+    ):
+        raise ValueError(
+            f"a process's devices hold the rows {own} of {rows}; order the mesh so that they hold "
+            "neighbouring ones, e.g. with tensor and context within a host"
+        )
+    return start // (stop - start), count
+
+
+def from_rows(local: Any, mesh: Mesh, rows: int) -> jax.Array:
+    """Return the array (accumulation, rows, ...) of which this process holds `local`, its rows."""
+    shape = (local.shape[0], rows, *local.shape[2:])
+    return jax.make_array_from_process_local_data(row_sharding(mesh), local, shape)
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Return how arrays (accumulation, rows, ...) lie on the devices."""
+    return NamedSharding(mesh, P(None, _ACTIVATIONS["batch"]))

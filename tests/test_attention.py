@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clvr_jax import parallel
 from clvr_jax.kernels import attention, blocked
 from clvr_jax.kernels.attention import attend, choose, join
+from launch import hlo
 from launch.bench import attention as cases
 
 HERE = ("reference", "blocked")  # what runs on every device
@@ -252,3 +254,18 @@ def test_an_offset_needs_the_causal_edge():
     q, k, v = operands()
     with pytest.raises(ValueError, match="needs causal=True"):
         attend(q, k, v, offset=jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_a_mesh_attends_blocks_where_they_lie(many_blocks, sizes):
+    """Forward and backward exchange nothing: rows and heads stay on their devices."""
+    mesh = parallel.make_mesh(sizes, jax.devices()[:8])
+    place = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor", None))
+    shape = lambda heads: jax.ShapeDtypeStruct((8, 64, heads, 16), jnp.float32, sharding=place)
+    total = lambda q, k, v: attend(q, k, v, causal=True, implementation="blocked").sum()
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(total, (0, 1, 2)), out_shardings=(place,) * 3)
+        text = gradient.lower(shape(8), shape(4), shape(4)).compile().as_text()
+    program = hlo.Program(text)
+    for body in (*program.loops().values(), program.inside(program.entry)):
+        assert not hlo.collectives(body)

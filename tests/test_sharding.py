@@ -179,14 +179,17 @@ def test_only_the_axis_that_does_not_divide_is_dropped(mesh_2x2x2):
 
 def test_mesh_fills_one_axis():
     mesh = parallel.make_mesh({"fsdp": -1, "tensor": 2}, jax.devices()[:8])
-    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 4, "tensor": 2, "context": 1}
 
 
 @pytest.mark.parametrize(
     ("sizes", "text"),
     [
-        ({"model": 8}, r"unknown mesh axes \['model'\]; the axes are \('data', 'fsdp', 'tensor'\)"),
-        ({"fsdp": 3}, r"mesh data=1 x fsdp=3 x tensor=1 needs 3 devices, 8 are present"),
+        ({"model": 8}, r"unknown mesh axes \['model'\]; .*'data', 'fsdp', 'tensor', 'context'"),
+        (
+            {"fsdp": 3},
+            r"mesh data=1 x fsdp=3 x tensor=1 x context=1 needs 3 devices, 8 are present",
+        ),
         ({"fsdp": -1, "tensor": 16}, r"needs 16 devices, 8 are present"),
         ({"fsdp": -1, "tensor": -1}, r"8 are present"),
     ],

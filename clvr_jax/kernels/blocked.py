@@ -17,7 +17,7 @@ def block_rows(b: int, length: int, heads: int, keys: int) -> int:
     return rows
 
 
-def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=False):
+def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None).
 
     The backward pass recomputes each block's scores, so nothing of size l x m is ever kept. On
@@ -36,8 +36,15 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=Fals
     queries = einops.rearrange(padded, "b (n l) (g r) k -> n (b g) (r l) k", n=blocks, g=groups)
     real = None if lengths is None else jnp.repeat(lengths, groups)
     first = None if offset is None else jnp.repeat(offset, groups)
+    query_ids = key_ids = None
+    if segments is not None:
+        key_ids = jnp.repeat(segments[1], groups, axis=0)
+        # queries beyond the end go with the last one: a row that sees nothing would be 0 / 0
+        ids = jnp.pad(segments[0], ((0, 0), (0, blocks * rows - length)), mode="edge")
+        ids = jnp.repeat(ids, groups, axis=0)
+        query_ids = einops.rearrange(ids, "bg (n l) -> n bg l", n=blocks)
 
-    def head(index, part, keys, values, count, start):
+    def head(index, part, ids, keys, values, count, start, segment):
         scores = jnp.matmul(part, keys.astype(k.dtype).T, preferred_element_type=wide)
         scores = scores * width**-0.5
         if count is not None:
@@ -45,6 +52,9 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=Fals
         if causal:
             row = index * rows + jnp.arange(part.shape[0]) % rows + (0 if start is None else start)
             scores = jnp.where(places <= row[:, None], scores, -jnp.inf)
+        if ids is not None:
+            seen = jnp.tile(ids, part.shape[0] // rows)[:, None] == segment
+            scores = jnp.where(seen, scores, -jnp.inf)
         top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -55,12 +65,12 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=Fals
 
     @jax.checkpoint
     def block(args):
-        index, part = args
+        index, part, ids = args
         one = lambda operands: head(index, *operands)
-        operands = (part, k_sum, v_sum, real, first)
+        operands = (part, ids, k_sum, v_sum, real, first, key_ids)
         return jax.lax.map(one, operands) if cpu else jax.vmap(one)(operands)
 
-    out, lse = jax.lax.map(block, (jnp.arange(blocks), queries))
+    out, lse = jax.lax.map(block, (jnp.arange(blocks), queries, query_ids))
     out = einops.rearrange(out, "n (b g) (r l) k -> b (n l) (g r) k", b=b, l=rows)[:, :length]
     if not residual:
         return out, None

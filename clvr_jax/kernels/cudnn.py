@@ -10,10 +10,12 @@ def supports(q) -> bool:
     return jax.default_backend() == "gpu" and half and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
 
 
-def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=False):
+def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None, residual=False):
     """Return (output (b, l, h, k), None).
 
-    Lengths go to the kernel as lengths: a boolean mask would become a dense bias.
+    Lengths go to the kernel as lengths. Segments cannot: they become a boolean mask, which JAX
+    gives to cuDNN as a dense bias of b x 1 x l x m numbers of q's dtype (128 MiB a row of 8192
+    tokens, the same for all heads), read by every head instead of skipping what is not seen.
 
     Raises:
       ValueError: the operands cannot run on this device, or a residual is asked for.
@@ -25,9 +27,21 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=Fals
         )
     if residual:
         raise ValueError("cudnn attention has no residual here; concatenate the keys instead")
-    if offset is not None:
+    if offset is not None and segments is None:
         raise ValueError("cudnn attention has no offset here; use blocked or reference")
+    mask = None
+    if segments is not None:
+        mask = segments[0][:, :, None] == segments[1][:, None]
+    if offset is not None:
+        last = offset[:, None] + jnp.arange(q.shape[1])
+        mask, causal = mask & (jnp.arange(k.shape[1]) <= last[..., None]), False
     out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None],
+        is_causal=causal,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
     )
     return out, None

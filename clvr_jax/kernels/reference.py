@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 
-def scores_of(q, k, *, causal, lengths, offset):
+def scores_of(q, k, *, causal, lengths, offset, segments):
     """Return masked scaled scores (b, g, r, l, m), at least float32."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     grouped = einops.rearrange(q, "b l (g r) k -> b g r l k", g=k.shape[2])
@@ -21,12 +21,16 @@ def scores_of(q, k, *, causal, lengths, offset):
     if lengths is not None:
         seen = keys < lengths[:, None]
         scores = jnp.where(seen[:, None, None, None], scores, -jnp.inf)
+    if segments is not None:
+        seen = segments[0][:, :, None] == segments[1][:, None]
+        scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
     return scores
 
 
-def attention(q, k, v, *, causal=False, lengths=None, offset=None, residual=False):
+def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None); float64 operands stay float64."""
-    scores = scores_of(q, k, causal=causal, lengths=lengths, offset=offset)
+    masks = {"causal": causal, "lengths": lengths, "offset": offset, "segments": segments}
+    scores = scores_of(q, k, **masks)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     out = jnp.einsum("bgrlm,bmgk->blgrk", weights, v)
     out = einops.rearrange(out, "b l g r k -> b l (g r) k")

@@ -91,8 +91,8 @@ class Transformer(nn.Module):
         plan = lower(layout)
         at = self._modulations(t, plan, image.dtype)
         rope = rotary(layout, c.rope_axes, c.rope_theta)
-        x = constrain(Linear(c.width, name="img_in")(image), "batch", None, None)
-        y = constrain(Linear(c.width, name="txt_in")(text), "batch", None, None)
+        x = constrain(Linear(c.width, name="img_in")(image), "batch", "tokens", None)
+        y = constrain(Linear(c.width, name="txt_in")(text), "batch", "tokens", None)
         past = cache or {"double_blocks": None, "single_blocks": None}
         fields = (c, plan, self.implementation)
 
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
             at["double_stream_modulation_txt"],
             rope,
         )
-        z = jnp.concatenate([y, x], axis=1)
+        z = _hidden(jnp.concatenate([y, x], axis=1))
         axes = (0, nn.broadcast, nn.broadcast)
         blocks = stack(SingleBlock, c.single_blocks, axes, scan=self.scan, remat=self.remat)
         z, single = blocks("single_blocks", *fields)(
@@ -171,7 +171,8 @@ class Stream(nn.Module):
 
     def heads(self, h: Tokens) -> tuple[Float[Array, "b l h k"], ...]:
         """Queries and keys, normalised per head, and values."""
-        q, k, v = jnp.moveaxis(constrain(self.qkv(h), "batch", None, None, "heads", None), 2, 0)
+        qkv = constrain(self.qkv(h), "batch", "tokens", None, "heads", None)
+        q, k, v = jnp.moveaxis(qkv, 2, 0)
         return self.query_norm(q), self.key_norm(k), v
 
     def merge(self, out: Float[Array, "b l h k"]) -> Tokens:
@@ -180,7 +181,7 @@ class Stream(nn.Module):
 
     def mlp(self, h: Tokens) -> Tokens:
         """Gated MLP: silu(gate) * up."""
-        gate, up = jnp.moveaxis(constrain(self.mlp_in(h), "batch", None, None, "mlp"), 2, 0)
+        gate, up = jnp.moveaxis(constrain(self.mlp_in(h), "batch", "tokens", None, "mlp"), 2, 0)
         return self.mlp_out(nn.silu(gate) * up)
 
 
@@ -282,7 +283,7 @@ def _shift(span, by: int):
 
 
 def _hidden(x: Tokens) -> Tokens:
-    return constrain(x, "batch", None, None)
+    return constrain(x, "batch", "tokens", None)
 
 
 def _kept(k, v, plan: Plan):

@@ -34,6 +34,7 @@ class Context:
       offset: tokens of each row that are cached already, with a cache.
       wanted: layer counts after which the stream is kept (n, 1, 1, 1), or None.
       deepstack: (n, b, l, d), entry i is added to the output of layer i, or None.
+      segments: sequence that each token of a packed row belongs to (b, l), 0 for padding, or None.
       fresh: the cache holds nothing yet, so that only the new tokens are attended.
     """
 
@@ -42,6 +43,7 @@ class Context:
     offset: Any = None
     wanted: Any = None
     deepstack: Any = None
+    segments: Any = None
     fresh: bool = struct.field(pytree_node=False, default=False)
 
 
@@ -83,7 +85,9 @@ class Decoder(nn.Module):
         c = self.cfg
         if not capture or list(capture) != sorted(set(capture)) or capture[-1] > c.layers:
             raise ValueError(f"capture {capture} must increase and stay within {c.layers} layers")
-        x = constrain(Embedding(c.vocab, c.width, name="embed_tokens")(ids), "batch", None, None)
+        x = constrain(
+            Embedding(c.vocab, c.width, name="embed_tokens")(ids), "batch", "tokens", None
+        )
         context = Context(
             angles=angles(jnp.arange(ids.shape[1])[None], c),
             lengths=lengths,
@@ -106,6 +110,9 @@ class Embedding(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "b s"]) -> Tokens:
         table = self.param("embedding", nn.initializers.normal(1.0), (self.vocab, self.width))
+        if ids.size >= self.vocab:
+            # either is exchanged, the tokens of all devices or their columns of the table: the less
+            table = constrain(table, "vocab", None)
         return jnp.take(table, ids, axis=0)
 
 
@@ -134,7 +141,7 @@ class Layer(nn.Module):
         h, cache = attention(h, context, cache)
         x = x + h
         h = RMSNorm(c.eps, name="post_attention_layernorm")(x)
-        x = constrain(x + Mlp(c, self.fused, name="mlp")(h), "batch", None, None)
+        x = constrain(x + Mlp(c, self.fused, name="mlp")(h), "batch", "tokens", None)
         if context.wanted is not None:
             kept = jnp.where(context.wanted == number, x, kept)
         if context.deepstack is not None:  # after keeping: captured states are without it
@@ -158,8 +165,8 @@ class SelfAttention(nn.Module):
         if cache is not None:
             cache = cache.write(k, v, context.offset)
         if cache is None or context.fresh:
-            masks = {"causal": True, "lengths": context.lengths}
-            out = attend(q, k, v, **masks, implementation=self.implementation)
+            masks = {"lengths": context.lengths, "segments": context.segments}
+            out = attend(q, k, v, causal=True, **masks, implementation=self.implementation)
         else:
             out = attend_cached(q, cache, context.offset, self.implementation)
         out = checkpoint_name(out, "attention")
@@ -173,11 +180,11 @@ class SelfAttention(nn.Module):
             queries = c.heads // c.kv_heads
             qkv = Linear(c.kv_heads * (queries + 2) * c.head_width, name="qkv_proj")(x)
             qkv = _grouped(qkv, c.kv_heads, queries + 2)
-            qkv = constrain(qkv, "batch", None, "heads", None, None)
+            qkv = constrain(qkv, "batch", "tokens", "heads", None, None)
             q = einops.rearrange(qkv[..., :queries, :], "b l g r k -> b l (g r) k")
             return q, qkv[..., queries, :], qkv[..., queries + 1, :]
         split = lambda name, heads: constrain(
-            Linear((heads, c.head_width), name=name)(x), "batch", None, "heads", None
+            Linear((heads, c.head_width), name=name)(x), "batch", "tokens", "heads", None
         )
         return split("q_proj", c.heads), split("k_proj", c.kv_heads), split("v_proj", c.kv_heads)
 
@@ -193,12 +200,12 @@ class Mlp(nn.Module):
         width, groups = self.cfg.mlp_width, self.cfg.kv_heads
         if self.fused:
             both = _grouped(Linear(2 * width, name="gate_up_proj")(x), groups, 2)
-            both = constrain(both, "batch", None, "mlp", None, None)
+            both = constrain(both, "batch", "tokens", "mlp", None, None)
             h = (nn.silu(both[..., 0, :]) * both[..., 1, :]).reshape(*x.shape[:2], width)
         else:
             gate, up = Linear(width, name="gate_proj")(x), Linear(width, name="up_proj")(x)
             h = nn.silu(gate) * up
-        h = constrain(h, "batch", None, "mlp")
+        h = constrain(h, "batch", "tokens", "mlp")
         return Linear(self.cfg.width, name="down_proj")(h)
 
 

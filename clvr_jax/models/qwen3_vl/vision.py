@@ -75,7 +75,7 @@ class Vision(nn.Module):
         c = self.cfg
         x = PatchEmbed(c, name="patch_embed")(patches)
         x = x + PositionTable(c, name="pos_embed")(places.taps, places.weights).astype(x.dtype)
-        x = constrain(x, "batch", None, None)
+        x = constrain(x, "batch", "tokens", None)
         kept = jnp.zeros((len(c.deepstack), *x.shape), x.dtype)
         wanted = jnp.asarray(c.deepstack, jnp.int32)[:, None, None, None]
         blocks = stack(Block, c.layers, (0, *(nn.broadcast,) * 3), scan=self.scan, remat=self.remat)
@@ -134,7 +134,7 @@ class Block(nn.Module):
         h = LayerNorm(VISION_EPS, name="norm1")(x)
         x = x + Attention(c, self.implementation, name="attn")(h, turns, lengths)
         h = LayerNorm(VISION_EPS, name="norm2")(x)
-        x = constrain(x + Mlp(c, name="mlp")(h), "batch", None, None)
+        x = constrain(x + Mlp(c, name="mlp")(h), "batch", "tokens", None)
         return (x, jnp.where(wanted == number, x, kept)), None
 
 
@@ -148,7 +148,7 @@ class Attention(nn.Module):
     def __call__(self, x: Tokens, turns, lengths) -> Tokens:
         c = self.cfg
         qkv = Linear((3, c.heads, c.head_width), bias=True, name="qkv")(x)
-        q, k, v = (constrain(qkv[:, :, i], "batch", None, "heads", None) for i in range(3))
+        q, k, v = (constrain(qkv[:, :, i], "batch", "tokens", "heads", None) for i in range(3))
         q, k = rotate_half(q, turns), rotate_half(k, turns)
         out = attend(q, k, v, lengths=lengths, implementation=self.implementation)
         out = checkpoint_name(out, "attention")
@@ -164,7 +164,7 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         h = Linear(self.cfg.mlp_width, bias=True, name="linear_fc1")(x)
-        h = constrain(nn.gelu(h, approximate=True), "batch", None, "mlp")
+        h = constrain(nn.gelu(h, approximate=True), "batch", "tokens", "mlp")
         return Linear(self.cfg.width, bias=True, name="linear_fc2")(h)
 
 
