@@ -1,0 +1,1 @@
+"""Trajectories, what is trained on in them, and the order in which it is read."""
