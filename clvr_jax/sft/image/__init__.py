@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of the image model on the pictures of trajectories."""

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of Qwen3-VL on conversations with pictures."""
