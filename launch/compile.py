@@ -9,12 +9,10 @@ memory and collectives come from the compiled programs, times are not known.
 """
 
 import json
-import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
-from unittest import mock
 
 from absl import flags
 
@@ -32,7 +30,7 @@ _MODELS = [
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "TPU generation and slice, e.g. v6e:2x2")
 _MODEL = flags.DEFINE_enum("model", "klein_4b", _MODELS, "sizes of the weights")
-_MESH = flags.DEFINE_list("mesh", ["tensor=-1"], "axis=size,... over data, fsdp, tensor")
+_MESH = flags.DEFINE_list("mesh", ["tensor=-1"], "axis=size,... over data, fsdp, tensor, context")
 _SIZE = flags.DEFINE_string("size", "1024x1024", "height x width in pixels")
 _STEPS = flags.DEFINE_integer("steps", 4, "klein: denoising steps", lower_bound=1)
 _BATCH = flags.DEFINE_list("batch", ["1"], "pictures, or conversations, at once; one or several")
@@ -66,16 +64,15 @@ def main(argv) -> None:
             "give --size=1024x1024, --mesh=fsdp=2,tensor=4, --batch=1,8 and --programs out of "
             + ", ".join(_PROGRAMS_OF[family])
         )
-    devices = _topology(_TOPOLOGY.value)
-
     import jax
 
     from clvr_jax import parallel
+    from launch import aot
 
+    devices = aot.topology(_TOPOLOGY.value)
     mesh = parallel.make_mesh({axis[1]: int(axis[2]) for axis in axes}, devices)
     rows = []
-    # what chooses by device must see the chip's platform, not this machine's
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"), jax.set_mesh(mesh):
+    with aot.as_if_on("tpu"), jax.set_mesh(mesh):
         for batch in (int(match[0]) for match in batches):
             lower = _programs(mesh, (int(size[1]), int(size[2])), batch)
             for name in programs:
@@ -93,22 +90,6 @@ def main(argv) -> None:
     }
     if _OUT.value:
         Path(_OUT.value).write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _topology(name: str):
-    """The devices of a TPU slice that need not exist."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from jax.experimental import topologies
-
-    single = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
-    try:
-        return topologies.get_topology_desc(name, "tpu", **single).devices
-    except Exception as error:  # JAX raises several kinds for a missing library or an unknown name
-        raise ValueError(
-            f'no topology {name!r}: {error}. Names look like v5e:2x4; pip install -e ".[tpu]"'
-        ) from error
 
 
 def _programs(mesh, size: tuple[int, int], batch: int):
