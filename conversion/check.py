@@ -10,7 +10,8 @@ import numpy as np
 
 from clvr_jax.tree import layer_path
 from conversion.components import KINDS, Component, recognise
-from conversion.sources import MappedSource, OrbaxSource, leaves
+from conversion.runs import RunSource, differences
+from conversion.sources import MappedSource, OrbaxSource, Source, leaves
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 
@@ -41,7 +42,7 @@ class Check:
         return not (self.missing or self.unexpected or self.wrong)
 
 
-def check(component: Component, source: MappedSource | OrbaxSource, allow: str = "") -> Check:
+def check(component: Component, source: Source, allow: str = "") -> Check:
     """Compare a component's tensors with its model's.
 
     Args:
@@ -49,6 +50,10 @@ def check(component: Component, source: MappedSource | OrbaxSource, allow: str =
       source: its opened checkpoint.
       allow: regular expression (re.search) of unexpected names to ignore; empty for none.
     """
+    if isinstance(source, RunSource):
+        result = check(component.base, source.base, allow)
+        result.wrong += differences(component, source)
+        return result
     if isinstance(source, OrbaxSource):
         needed = {
             path if layer is None else layer_path(path, component.stacked, layer): shape

@@ -93,10 +93,12 @@ class Component:
 
     Attributes:
       name: transformer, vae, text_encoder or vlm.
-      layout: "orbax", "diffusers" (a folder of diffusers or transformers) or "bfl".
+      layout: "orbax", "diffusers" (a folder of diffusers or transformers), "bfl" or "run".
       path: the folder or file with its tensors.
       config: its sizes.
       text: its config.json as found, empty where none was.
+      base: of a run, what its training began from.
+      step: of a run, which checkpoint; None for the newest.
     """
 
     name: str
@@ -104,6 +106,15 @@ class Component:
     path: Path
     config: Any
     text: str = ""
+    base: "Component | None" = None
+    step: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the small files of a component lie: its config, tokenizer and processor."""
+        if self.base is not None:
+            return self.base.folder
+        return self.path.parent if self.layout == "orbax" or self.path.is_file() else self.path
 
     @property
     def kind(self) -> Kind:
@@ -138,6 +149,10 @@ class Component:
         from clvr_jax.weights import SafetensorsReader
         from conversion.sources import MappedSource, OrbaxSource
 
+        if self.base is not None:
+            from conversion.runs import RunSource
+
+            return RunSource(self, self.base.open())
         if self.layout == "orbax":
             return OrbaxSource(self.path, self.stacked)
         reader = SafetensorsReader(self.path)
@@ -156,14 +171,12 @@ class Component:
 
         Other JSON files, e.g. generation_config.json; vocabulary and chat templates.
         """
-        if self.layout == "bfl":
+        if (self.base or self).layout == "bfl":
             return []
-        inside = self.layout == "orbax" or self.path.is_file()
-        folder = self.path.parent if inside else self.path
         return [
             file
             for pattern in _SMALL
-            for file in sorted(folder.glob(pattern))
+            for file in sorted(self.folder.glob(pattern))
             if file.name != "config.json" and not file.name.endswith(".index.json")
         ]
 

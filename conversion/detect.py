@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from conversion import hub, infer
+from conversion import hub, infer, runs
 from conversion.components import KINDS, Component, recognise
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 MANIFEST = "clvr.json"
 INDEX = "model_index.json"
+CONDITIONING = "conditioning.json"  # how the inputs of trained weights are made
 ORBAX = "params"  # folder of the Orbax leaves inside a converted component
 SHARED = ("tokenizer", "scheduler", INDEX)  # what is copied as it is
 
@@ -25,7 +26,7 @@ class Found:
       path: where.
       components: by name.
       shared: folders and files that are copied as they are, by name.
-      manifest: content of our clvr.json, empty elsewhere.
+      manifest: content of our clvr.json, and `conditioning` where weights have it recorded.
     """
 
     kind: str
@@ -67,6 +68,8 @@ def find(
                 "id such as black-forest-labs/FLUX.2-klein-4B or Qwen/Qwen3-VL-8B-Instruct"
             )
         path = hub.download(str(source), list(wanted or KINDS))
+    if at := runs.place(path):
+        return _run(at, wanted, complete)
     if path.is_file():
         component = _single_file(path, base)
         return Found(f"single file, {component.layout} layout", path, {component.name: component})
@@ -76,7 +79,8 @@ def find(
         return _pipeline(path, wanted, complete)
     if (path / "config.json").exists():
         component = _component(path)
-        return Found("component folder", path, {component.name: component})
+        one = {component.name: component}
+        return Found("component folder", path, one, manifest=_recorded(path))
     return _single_files(path, base)
 
 
@@ -100,7 +104,25 @@ def _converted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Foun
         )
     listed = [name for name in KINDS if name in manifest.get("components", {})]
     components = _components(path, listed, wanted, complete, MANIFEST)
+    manifest = {**manifest, **_recorded(path)}
     return Found("converted folder", path, components, _shared(path), manifest)
+
+
+def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
+    """A run: its component over the weights that it began from, and the rest of those."""
+    record = at.record()
+    name, weights = record["component"], record["weights"]
+    base = find(weights, wanted, complete=complete)
+    components = dict(base.components)
+    if wanted is None or name in wanted:
+        if name not in components:
+            raise FileNotFoundError(
+                f"{at.folder} trained the {name} of {weights}, which has none any more"
+            )
+        components[name] = runs.component(components[name], at)
+    manifest = {key: record[key] for key in ("conditioning",) if key in record}
+    step = "newest checkpoint" if at.step is None else f"step {at.step}"
+    return Found(f"run ({step}) over {base.kind}", at.folder, components, base.shared, manifest)
 
 
 def _pipeline(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:
@@ -115,7 +137,7 @@ def _pipeline(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found
     kind = "diffusers folder"
     if any(component.layout == "orbax" for component in components.values()):
         kind = "converted folder"
-    return Found(kind, path, components, _shared(path))
+    return Found(kind, path, components, _shared(path), _recorded(path))
 
 
 def _components(
@@ -235,6 +257,11 @@ def _single_files(path: Path, base: Found | None) -> Found:
 
 def _shared(path: Path) -> dict[str, Path]:
     return {name: path / name for name in SHARED if (path / name).exists()}
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    file = path / CONDITIONING
+    return {"conditioning": _json(file)} if file.exists() else {}
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.components import KINDS, Component
-from conversion.detect import INDEX, MANIFEST, Found
+from conversion.detect import CONDITIONING, INDEX, MANIFEST, Found
 
 _NEEDED_BY = {"tokenizer": "text_encoder", "scheduler": "transformer"}
 
@@ -73,6 +73,9 @@ def write_rest(
                 shutil.copyfile(path, folder / name)
         elif _NEEDED_BY[name] in chosen:
             shutil.copytree(path, folder / name, copy_function=shutil.copyfile)
+    conditioning = found.manifest.get("conditioning")
+    if conditioning is not None and "transformer" in chosen:
+        (folder / CONDITIONING).write_text(json.dumps(conditioning, indent=2) + "\n")
     if to == "orbax":
         content = {"format": 1, "components": manifest, "source": source}
         (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")

@@ -95,7 +95,7 @@ def load_vlm(
     cfg = component.config
     nets = networks(cfg, attention)  # a wrong option is told before weights are read
     sees = isinstance(cfg, Qwen3VLConfig)
-    folder = component.path.parent if component.layout == "orbax" else component.path
+    folder = component.folder
     reads = processor.load(folder, cfg.vision if sees else None, **(template_options or {}))
     tree = abstract(cfg, dtype)
     places = parallel.shardings(tree, mesh) if mesh is not None else None

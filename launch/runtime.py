@@ -44,8 +44,16 @@ def run(main: Callable[[list[str]], None]) -> None:
     """Parse the flags and call `main`."""
     from absl import app
 
+    def quietly(argv: list[str]) -> None:
+        from absl import logging
+
+        # Orbax tells of every file that it writes
+        if not any(flag.lstrip("-").startswith(("verbosity", "v=")) for flag in sys.argv):
+            logging.set_verbosity(logging.WARNING)
+        main(argv)
+
     with readable_errors():
-        app.run(main)
+        app.run(quietly)
 
 
 @contextlib.contextmanager

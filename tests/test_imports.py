@@ -32,6 +32,9 @@ HOMES = {
     "orbax": "clvr_jax.checkpoint",
     "torch": "launch.bench",  # the peer of the benchmark, imported when asked for
     "diffusers": "launch.bench",
+    "grain": "clvr_jax.data",
+    "array_record": "clvr_jax.data",
+    "pyarrow": "clvr_jax.data",
 }
 
 
@@ -105,7 +108,9 @@ def test_running_needs_no_torch_and_no_tensorflow():
     "command",
     [
         "launch",
+        "launch.data",
         "launch.generate",
+        "launch.train",
         "launch.toy",
         "launch.benchmark",
         "launch.compile",

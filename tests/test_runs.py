@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clvr_jax.checkpoint import CheckpointError, Checkpoints, Keep
+from clvr_jax.checkpoint import CheckpointError, Checkpoints, Keep, open_state
 from clvr_jax.parallel import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_leaves_are_read_without_devices(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, tree(2.0), {})
     checkpoints.close()
-    reader = Checkpoints(tmp_path, read_only=True).reader()
+    reader = open_state(tmp_path)
     assert (reader.read("params/model/x/kernel", (slice(0, 2), slice(0, 4))) == 2).all()
 
 
@@ -93,8 +93,10 @@ def test_another_state_is_refused_by_name(tmp_path):
     checkpoints.close()
     with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
         Checkpoints(tmp_path / "empty").meta()
-    with pytest.raises(CheckpointError, match="does not exist"):
-        Checkpoints(tmp_path / "nothing", read_only=True)
+    with pytest.raises(CheckpointError, match="holds no finished checkpoint"):
+        open_state(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7, only 1"):
+        open_state(tmp_path, 7)
     assert not (tmp_path / "nothing").exists()
 
 
@@ -123,8 +125,8 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert checkpoints.steps() == [1]
     checkpoints.save(3, tree(), {})
+    assert checkpoints.steps() == [1, 3]
     checkpoints.close()
-    assert Checkpoints(tmp_path, read_only=True).steps() == [1, 3]
 
 
 def test_killed_while_saving(tmp_path):

@@ -7,7 +7,6 @@ complete; what a killed process left is removed by the next start.
 import dataclasses
 import math
 import shutil
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,28 +50,17 @@ class Checkpoints:
     Args:
       folder: where they are, local or an object store (gs://...); made if absent.
       keep: which stay.
-      read_only: nothing is made, removed or written.
     """
 
-    def __init__(self, folder: Any, keep: Keep | None = None, read_only: bool = False):
+    def __init__(self, folder: Any, keep: Keep | None = None):
         import orbax.checkpoint as ocp
-        from etils import epath
 
-        self.keep = keep or Keep()
-        self.folder = epath.Path(folder)
-        if "://" not in str(folder):
-            self.folder = epath.Path(self.folder.absolute())
-        if read_only and not self.folder.is_dir():
-            raise CheckpointError(f"{self.folder} does not exist; expected checkpoints of a run")
-        self.seconds = 0.0  # spent in `save`, while training waited
+        self.keep, self.folder = keep or Keep(), _absolute(folder)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=_policy(self.keep),
-                create=not read_only,
-                read_only=read_only,
-                cleanup_tmp_directories=not read_only,
-                enable_async_checkpointing=not read_only,
+                cleanup_tmp_directories=True,
             ),
         )
 
@@ -100,7 +88,6 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        began = time.perf_counter()
         self.wait()
         self._check_room(state)
         items = ocp.args.Composite(
@@ -111,8 +98,6 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=given, force=True)
         except OSError as error:
             raise CheckpointError(f"{self.folder}: saving step {step} failed: {error}") from error
-        finally:
-            self.seconds += time.perf_counter() - began
 
     def wait(self) -> None:
         """Return when the last save is on the disk.
@@ -157,15 +142,6 @@ class Checkpoints:
         items = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(dict(abstract))})
         return self._restore(step, items)[STATE]
 
-    def reader(self, step: int | None = None) -> ParamsReader:
-        """Return the leaves of a checkpoint's state, read one by one without devices.
-
-        Raises:
-          CheckpointError: there is none.
-        """
-        step = self._found(step)
-        return ParamsReader(str(self.folder / str(step) / STATE))
-
     def close(self) -> None:
         """Finish the last save and stop the threads.
 
@@ -179,15 +155,7 @@ class Checkpoints:
 
     def _found(self, step: int | None) -> int:
         self.wait()
-        steps = self.steps()
-        if not steps:
-            raise CheckpointError(f"{self.folder} holds no finished checkpoint")
-        if step is None:
-            return steps[-1]
-        if step not in steps:
-            shown = ", ".join(map(str, steps))
-            raise CheckpointError(f"{self.folder} has no checkpoint of step {step}, only {shown}")
-        return step
+        return _chosen(self.folder, self.steps(), step)
 
     def _restore(self, step: int, items: Any) -> Any:
         try:
@@ -203,7 +171,7 @@ class Checkpoints:
 
     def _compare(self, step: int, abstract: Mapping[str, Any]) -> None:
         try:
-            saved = {name: shape for name, (shape, _) in self.reader(step).specs.items()}
+            saved = {name: shape for name, (shape, _) in _reader(self.folder, step).specs.items()}
         except WeightsError as error:
             raise self._broken(step, error) from error
         asked = _named(abstract)
@@ -236,6 +204,44 @@ class Checkpoints:
                 f"{self.folder} has {free / 2**30:.2f} GiB free, a checkpoint takes "
                 f"{needed / 2**30:.2f} GiB; free some space (earlier checkpoints are whole)"
             )
+
+
+def open_state(folder: Any, step: int | None = None) -> ParamsReader:
+    """Return the leaves of a run's state, to be read one by one; needs no devices.
+
+    Args:
+      folder: the run's checkpoints, local or an object store.
+      step: which; the newest by default.
+
+    Raises:
+      CheckpointError: there is none.
+    """
+    folder = _absolute(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    steps = sorted(int(p.name) for p in entries if p.name.isdigit() and (p / STATE).is_dir())
+    return _reader(folder, _chosen(folder, steps, step))
+
+
+def _reader(folder: Any, step: int) -> ParamsReader:
+    return ParamsReader(str(folder / str(step) / STATE))
+
+
+def _chosen(folder: Any, steps: list[int], step: int | None) -> int:
+    if not steps:
+        raise CheckpointError(f"{folder} holds no finished checkpoint")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        shown = ", ".join(map(str, steps))
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}, only {shown}")
+    return step
+
+
+def _absolute(folder: Any) -> Any:
+    from etils import epath
+
+    path = epath.Path(folder)
+    return path if "://" in str(folder) else epath.Path(path.absolute())
 
 
 def _policy(keep: Keep) -> Any:

@@ -142,6 +142,7 @@ class _Run:
         self.line, self.peak, self.when = line, peak, when
         self.pending: Any = None  # the step that is not reported yet
         self.averages, self.window = Averages(), Window()
+        self.began, self.compiled, self.steps = time.perf_counter(), 0.0, 0
         self.seen: set[Hashable] = set()
         self.recent: dict[str, float] = {}
 
@@ -159,6 +160,7 @@ class _Run:
             jax.block_until_ready(out)
             spent = time.perf_counter() - began
             self.window.compile += spent
+            self.compiled += spent
             self.line.say(f"compiled and ran {batch.static} in {spent:.1f} s")
         return state, out
 
@@ -172,8 +174,11 @@ class _Run:
             self._stop(done, out, state)
         self.averages.add(jax.device_get(out["metrics"]))
         self.window.count(batch.counts, batch.flops)
+        self.steps += 1
         if done % self.when.log == 0 or done == self.when.steps:
             values = {**self.averages.take(), **self.window.close(self.peak)}
+            each = (time.perf_counter() - self.began - self.compiled) / self.steps
+            values["seconds_left"] = each * (self.when.steps - done)
             self.window = Window()
             self.recent = {**self.recent, **values}
             self.line.show(done, values)

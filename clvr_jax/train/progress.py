@@ -114,8 +114,7 @@ def describe(step: int, total: int, values: Mapping[str, Any]) -> str:
     parts += [f"{v:.4g} {k.removesuffix('_per_second')}/s" for k, v in rates.items()]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
-    each = seconds + values["seconds_save"] + values["seconds_other"]
-    parts.append(f"ETA {clock((total - step) * each)}")
+    parts.append(f"ETA {clock(values['seconds_left'])}")
     return " | ".join(parts)
 
 

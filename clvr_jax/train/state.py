@@ -24,9 +24,9 @@ class TrainState:
     """
 
     step: Any
-    params: Params
+    params: Any
     opt_state: Any
-    ema: Params | None = None
+    ema: Any = None
 
 
 def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:

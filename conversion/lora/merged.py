@@ -121,6 +121,8 @@ def _transformer(found: Found) -> Component:
     if "transformer" not in found.components:
         raise ValueError(f"{found.path} is a {found.kind} without a transformer to merge into")
     component = found.components["transformer"]
+    if component.base is not None:
+        raise ValueError(f"{found.path} is a run; first: python -m conversion {found.path} TARGET")
     source = component.open()
     result = check(component, source)
     source.close()

@@ -195,6 +195,7 @@ def test_the_progress_line():
     window.count({"images": 16.0}, 4e12)
     window.count({"images": 16.0}, 4e12)
     values = {"loss": 0.5, "grad_norm": 1.25, "learning_rate": 1e-5, **window.close(2e12)}
+    values["seconds_left"] = 450.0
     assert values["seconds_per_step"] == pytest.approx(4, rel=1e-2)
     assert values["mfu"] == pytest.approx(0.5, rel=1e-2)
     text = describe(10, 100, values)
@@ -211,6 +212,7 @@ def test_a_terminal_has_one_line_that_changes():
     out = Terminal()
     line = Line(10, out=out)
     values = {"seconds_per_step": 1.0, "seconds_data": 0, "seconds_save": 0, "seconds_other": 0}
+    values["seconds_left"] = 9.0
     line.show(1, values)
     line.show(2, values)
     line.say("saved")

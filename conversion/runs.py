@@ -1,0 +1,158 @@
+"""The folder of a training run seen as weights: what it trained, over the weights it began from."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.tree import flatten, unflatten
+from clvr_jax.weights import WeightsError
+from conversion.components import Component
+from conversion.lazy import Lazy, Stored
+from conversion.sources import Source
+
+RECORD, CHECKPOINTS = "run.json", "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A checkpoint of a run.
+
+    Attributes:
+      folder: of the run.
+      step: which checkpoint, None for the newest.
+    """
+
+    folder: Path
+    step: int | None
+
+    def record(self) -> dict[str, Any]:
+        """Return what the run recorded.
+
+        Raises:
+          ValueError: it cannot be read.
+        """
+        file = self.folder / RECORD
+        try:
+            values = json.loads(file.read_text())
+            return {**values, "component": values["component"], "weights": values["weights"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} is no record of a run: {error!r}") from error
+
+
+def place(path: Path) -> Place | None:
+    """Return the checkpoint at a run's folder, or at checkpoints/STEP in it; None elsewhere."""
+    if (path / RECORD).exists():
+        return Place(path, None)
+    if path.parent.name == CHECKPOINTS and (path.parents[1] / RECORD).exists():
+        return Place(path.parents[1], int(path.name)) if path.name.isdigit() else None
+    return None
+
+
+def component(base: Component, at: Place) -> Component:
+    """Return the trained component over the one that training began from."""
+    return dataclasses.replace(base, layout="run", path=at.folder, base=base, step=at.step)
+
+
+class RunSource:
+    """A run's parameters: the moving average where it keeps one, adapters merged.
+
+    Args:
+      trained: the component, see `component`.
+      base: its base's checkpoint.
+
+    Raises:
+      CheckpointError, WeightsError: the run has no checkpoint of that step, or it is damaged.
+    """
+
+    def __init__(self, trained: Component, base: Source):
+        from clvr_jax.checkpoint import open_state
+        from conversion.lora.merged import MergedSource
+
+        self.path, self.base = trained.path, base
+        record = Place(trained.path, trained.step).record()
+        where = record.get("checkpoints") or trained.path / CHECKPOINTS
+        self.reader = open_state(where, trained.step)
+        kinds = {name.partition("/")[0] for name in self.reader.specs}
+        self._root = "ema" if "ema" in kinds else "params"
+        prefix = f"{self._root}/model/"
+        self.trained = {
+            name.removeprefix(prefix): spec
+            for name, spec in self.reader.specs.items()
+            if name.startswith(prefix)
+        }
+        self._layers: Source = _Over(self)
+        if adapters := self._adapters(float(record.get("adapter_scale", 1.0))):
+            self._layers = MergedSource(self._layers, adapters)
+
+    def read(self, path: str, layer: int | None) -> Lazy:
+        """Return a leaf; see `Source`."""
+        return self._layers.read(path, layer)
+
+    def non_finite(self, path: str, layer: int | None) -> Exception:
+        """Return the error that names a leaf with non-finite values; see `Source`."""
+        return self._layers.non_finite(path, layer)
+
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        self.base.release()
+
+    def close(self) -> None:
+        """Close the base's files."""
+        self.base.close()
+
+    def own(self, path: str, layer: int | None) -> Stored:
+        """Return a trained leaf, stacked ones layer by layer."""
+        name, (shape, dtype) = f"{self._root}/model/{path}", self.trained[path]
+        if layer is None:
+            return Stored(shape, dtype, lambda index: self.reader.read(name, index))
+
+        def read(index: Any) -> np.ndarray:
+            rest = index or (slice(None),) * (len(shape) - 1)
+            return self.reader.read(name, (slice(layer, layer + 1), *rest))[0]
+
+        return Stored(shape[1:], dtype, read)
+
+    def _adapters(self, scale: float) -> dict[str, Any]:
+        prefix = f"{self._root}/lora/"
+        flat = {}
+        for name in self.reader.specs:
+            if name.startswith(prefix):
+                factor = scale if name.endswith("/b") else 1.0
+                flat[name.removeprefix(prefix)] = self.reader.read(name) * np.float32(factor)
+        return unflatten(flat)
+
+
+class _Over:
+    """A run's trained leaves over its base's, without adapters."""
+
+    def __init__(self, run: RunSource):
+        self._run, self.path = run, run.path
+
+    def read(self, path: str, layer: int | None) -> Lazy:
+        run = self._run
+        return run.own(path, layer) if path in run.trained else run.base.read(path, layer)
+
+    def non_finite(self, path: str, layer: int | None) -> Exception:
+        if path not in self._run.trained:
+            return self._run.base.non_finite(path, layer)
+        name = path if layer is None else f"{path}, layer {layer}"
+        return WeightsError(self.path, name, "values that are not finite", "finite values")
+
+    def release(self) -> None:
+        self._run.release()
+
+    def close(self) -> None:
+        self._run.close()
+
+
+def differences(trained: Component, source: RunSource) -> list[str]:
+    """Return a line for each trained leaf that is not one of the model's."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(trained.abstract()).items()}
+    return [
+        f"{trained.path}: {path} {spec[0]}, the model has {shapes.get(path, 'no such leaf')}"
+        for path, spec in source.trained.items()
+        if shapes.get(path) != tuple(spec[0])
+    ]

@@ -1,0 +1,80 @@
+"""Train a stage: image SFT or VLM SFT, on any number of devices and hosts.
+
+  python -m launch.train --config=configs/image_sft.py:klein_4b --workdir=runs/image \
+      --config.data.train=trajectories.jsonl
+  python -m launch.train ... --dry_run --target=h20x8      # does it fit there, what does it cost
+  python -m launch.train ... --resume                      # go on where it was, or begin
+
+Writes checkpoints, metrics.jsonl, previews, the final config and what ran on what to --workdir.
+SIGTERM saves and exits with 143. `launch/cluster/` runs the same command on SLURM, GKE and TPU VMs.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from launch.runtime import config_flag, run, use_compile_cache
+
+_CONFIG = config_flag("image_sft.py")
+_WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
+_RESUME = flags.DEFINE_bool("resume", False, "go on with the run in --workdir, if there is one")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "delete the run in --workdir and begin anew")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "print sizes, sharding, FLOPs, memory and the first batch, then stop"
+)
+_TARGET = flags.DEFINE_string(
+    "target", "here", "with --dry_run: a machine that need not be there, e.g. h20x8, v5e-64"
+)
+
+
+def main(argv) -> None:
+    """Check everything that can be checked, then load, compile and train."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    config = _CONFIG.value
+    if config.stage not in ("image", "vlm"):
+        raise ValueError(f"stage is {config.stage!r}; choose image or vlm")
+    if _DRY_RUN.value:
+        from launch.training import dry_run
+
+        dry_run.show(config, _TARGET.value)
+        return
+    if not _WORKDIR.value:
+        raise ValueError("give --workdir, the folder of the run, or --dry_run")
+    if not config.data.train:
+        raise ValueError("give --config.data.train, a file or folder of trajectories")
+    from launch.training import folder
+
+    workdir = Path(_WORKDIR.value)
+    folder.prepare(workdir, config.to_dict(), _RESUME.value, _OVERWRITE.value)
+
+    from launch import distributed
+
+    distributed.initialize()
+    use_compile_cache()
+    from clvr_jax.train.loop import Interrupted
+    from launch.training import compose
+    from launch.training import run as training
+
+    job, data, held_out, preview = compose.compose(config)
+    try:
+        training.train(
+            job,
+            config,
+            workdir,
+            data,
+            held_out=held_out,
+            preview_call=preview,
+            resume=_RESUME.value,
+            overwrite=_OVERWRITE.value,
+            peak=compose.peak(),
+        )
+    except Interrupted as error:
+        print(f"{error}; --resume goes on", file=sys.stderr)
+        sys.exit(143)
+    print(workdir)
+
+
+if __name__ == "__main__":
+    run(main)

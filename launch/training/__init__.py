@@ -1,0 +1,1 @@
+"""From a config to a training run: what `python -m launch.train` puts together."""

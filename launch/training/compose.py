@@ -1,0 +1,120 @@
+"""From a config to a job with its data: the part that looks at weights, data and devices."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from clvr_jax import parallel
+from clvr_jax.train import optim
+from clvr_jax.train.step import Settings
+from launch import build
+from launch.bench.machine import limits_of
+from launch.training import image, vlm
+from launch.training.run import Job
+from launch.training.select import selection
+from launch.training.stage import Data, Stage
+
+
+def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
+    """Return (job, training data, validation data, preview call) of a config on these devices.
+
+    Everything that can be wrong is told here, before weights are read.
+
+    Raises:
+      FileNotFoundError, ValueError: weights or data are not there, or do not fit one another.
+    """
+    mesh = build.make_mesh(config.mesh)
+    rows = rows_of(config, mesh)
+    process = parallel.row_share(mesh, rows)
+    length: Mapping[str, int] = (
+        {"steps": config.steps} if config.steps else {"epochs": config.epochs}
+    )
+    if config.data.get("features") and config.preview.every > 0:
+        raise ValueError(
+            "previews need the text encoder and the VAE, which data.features keeps off the "
+            "devices; give --config.preview.every=0, or no features"
+        )
+    optimizer(config)  # wrong options are told before data is looked at
+    shows = config.preview.every > 0 and config.preview.samples > 0
+    if config.stage == "image":
+        weights = image.find(config)
+        nets = image.networks(config, weights)
+        stage = image.stage(config, nets, weights)
+        read = lambda path, **options: image.data(
+            path, config, nets, weights, rows, process, **options
+        )
+    else:
+        weights = vlm.find(config)
+        nets = vlm.networks(config, weights)
+        stage = vlm.stage(config, nets, weights)
+        read = lambda path, **options: vlm.data(
+            path, config, nets, weights, rows, process, **options
+        )
+    data = read(config.data.train, **length)
+    held_out = None
+    if config.data.validation:
+        held_out = read(config.data.validation, epochs=1, validation=True)
+    if config.data.get("features"):
+        say = lambda text: print(text, file=sys.stderr, flush=True)
+        for part in filter(None, (data, held_out)):
+            image.precompute(config, nets, weights, part, mesh, process, say)
+    preview = None
+    writes = jax.process_index() == 0
+    if config.stage == "image" and config.preview.every > 0:
+        preview = image.previews(config, nets, weights, held_out or data, writes)
+    elif shows:
+        preview = vlm.previews(config, nets, weights, held_out or data, mesh, writes)
+    return make_job(config, stage, len(data.steps), mesh), data, held_out, preview
+
+
+def make_job(config: Any, stage: Stage, steps: int, mesh: Mesh | None) -> Job:
+    """Return the job of a stage; checks what is selected and how it is optimised.
+
+    Raises:
+      ValueError: an option is unknown, or a pattern matches nothing.
+    """
+    job = Job(
+        stage,
+        selection(config),
+        Settings(config.precision, config.ema),
+        optimizer(config),
+        steps,
+        mesh,
+    )
+    job.tx()
+    return job
+
+
+def optimizer(config: Any) -> optim.Optim:
+    """Return the optimiser's settings of a config.
+
+    Raises:
+      ValueError: a value is unknown.
+    """
+    given = config.optim.to_dict()
+    given["groups"] = tuple((str(pattern), float(factor)) for pattern, factor in given["groups"])
+    given["momentum"] = tuple(given["momentum"])
+    return optim.Optim(**given)
+
+
+def rows_of(config: Any, mesh: Any) -> int:
+    """Return the rows of a micro-batch over all devices.
+
+    Raises:
+      ValueError: a batch size is not positive.
+    """
+    if config.batch.rows < 1 or config.batch.accumulation < 1:
+        raise ValueError(
+            f"batch.rows {config.batch.rows} and batch.accumulation {config.batch.accumulation} "
+            "must be 1 or more"
+        )
+    return config.batch.rows * parallel.row_devices(mesh)
+
+
+def peak() -> float | None:
+    """Return the bfloat16 FLOP/s of all devices, None for devices whose peak is not known."""
+    each, _ = limits_of(jax.devices()[0].device_kind)
+    return None if each is None else each * 1e12 * jax.device_count()

@@ -1,0 +1,357 @@
+"""A training run: weights loaded or resumed, the compiled step, the loop."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from clvr_jax import lora, parallel, tree
+from clvr_jax.checkpoint import Checkpoints, Keep
+from clvr_jax.data.loader import Loader, load
+from clvr_jax.data.plan import Step
+from clvr_jax.train import loop, optim
+from clvr_jax.train.metrics import Writers
+from clvr_jax.train.progress import Line
+from clvr_jax.train.state import TrainState, abstract, initialise, shardings
+from clvr_jax.train.step import Settings, compiled, make_step
+from clvr_jax.typing import Params
+from conversion.load import load as load_weights
+from launch import build
+from launch.training import folder
+from launch.training.select import Selection
+from launch.training.stage import Data, Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A stage with everything that its step needs, still without arrays.
+
+    Attributes:
+      stage: what is trained.
+      selection: which of its parameters.
+      settings: precision and average.
+      optimizer: settings of the optimiser.
+      steps: length of the whole run.
+      mesh: where it runs, None on one device.
+    """
+
+    stage: Stage
+    selection: Selection
+    settings: Settings
+    optimizer: optim.Optim
+    steps: int
+    mesh: Mesh | None
+
+    def trained(self) -> Params:
+        """The trained parameters as shapes, as `TrainState.params`."""
+        return jax.eval_shape(lambda params: self._split(params)[0], self.typed())
+
+    def frozen_model(self) -> Params:
+        """The frozen parameters of the trained model as shapes."""
+        return jax.eval_shape(lambda params: self._split(params)[1], self.typed())
+
+    def others(self) -> dict[str, Params]:
+        """Other models as shapes, in the type to compute in."""
+        kind = self.settings.compute_dtype
+        return {
+            name: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, kind), shapes)
+            for name, shapes in self.stage.others.items()
+        }
+
+    def typed(self) -> Params:
+        """The model's parameters as shapes, in the types in which training keeps them."""
+        return self.selection.typed(self.stage.abstract, self.settings)
+
+    def tx(self) -> Any:
+        """The optimiser."""
+        return optim.make(self.optimizer, self.trained(), self.steps)
+
+    def abstract(self) -> TrainState:
+        """The state as shapes, each with its sharding."""
+        shapes = abstract(self.trained(), self.tx(), self.settings.ema > 0)
+        if self.mesh is None:
+            place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            places = jax.tree.map(lambda _: place, shapes)
+        else:
+            places = self.state_places()
+        return jax.tree.map(
+            lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places
+        )
+
+    def places(self) -> Params | None:
+        """Shardings of the trained parameters."""
+        if self.mesh is None:
+            return None
+        return parallel.shardings(self.trained(), self.mesh)
+
+    def state_places(self) -> TrainState | None:
+        """Shardings of the state."""
+        if self.mesh is None:
+            return None
+        shapes = abstract(self.trained(), self.tx(), self.settings.ema > 0)
+        return shardings(shapes, self.places())
+
+    def step(self) -> Any:
+        """The compiled step: (state, frozen, batch, key, static)."""
+        scale = self.selection.scale
+
+        def loss(params, adapters, *rest):
+            if adapters and scale != 1:
+                adapters = lora.scaled(adapters, scale)
+            return self.stage.loss(params, adapters, *rest)
+
+        rate = optim.schedule(self.optimizer, self.steps)
+        made = make_step(loss, self.tx(), self.settings, rate, self.places())
+        return compiled(made, self.state_places())
+
+    def _split(self, params: Params) -> tuple[Params, Params]:
+        key, dtype = jax.random.key(0), self.settings.param_dtype
+        return self.selection.state_params(params, self.stage.stacked, key, dtype)
+
+
+def load_state(job: Job, seed: int) -> tuple[TrainState, Params]:
+    """Read the weights onto the devices; return the first state and the step's `frozen`.
+
+    Raises:
+      WeightsError: a file is broken or does not fit.
+    """
+    stage, sources = job.stage, job.stage.open()
+    typed = job.typed()
+    # adapters are made behind the weights, whose sharding decides theirs
+    params = load_weights(sources[stage.component], typed, stage.stacked, _places(typed, job.mesh))
+    if job.selection.rank:
+        make = lambda: job.selection.state_params(
+            typed, stage.stacked, jax.random.key(seed), job.settings.param_dtype
+        )[0]
+        trained, frozen = jax.jit(make, out_shardings=job.places())(), params
+    else:
+        trained, frozen = job._split(params)
+    state = initialise(trained, job.tx(), job.settings.ema > 0, job.places())
+    return state, {"model": frozen, "others": load_others(job, sources)}
+
+
+def load_others(job: Job, sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Read frozen models, and put constants beside them."""
+    others: dict[str, Any] = {}
+    for name, shapes in job.others().items():
+        stacked = ("layers",) if name == "text_encoder" else ()
+        others[name] = load_weights(sources[name], shapes, stacked, _places(shapes, job.mesh))
+    return {**others, **{name: put(job.mesh, value) for name, value in job.stage.constants.items()}}
+
+
+def restore_state(job: Job, checkpoints: Checkpoints, step: int) -> tuple[TrainState, Params]:
+    """Read a run's state, and of the weights only what it does not hold.
+
+    Raises:
+      CheckpointError: it cannot be read.
+    """
+    saved = loop.saved(job.abstract())
+    state = loop.loaded(checkpoints.restore(step, saved))
+    sources = job.stage.open()
+    frozen = job.frozen_model()
+    if tree.flatten(frozen):
+        frozen = load_weights(
+            sources[job.stage.component], frozen, job.stage.stacked, _places(frozen, job.mesh)
+        )
+    return state, {"model": frozen, "others": load_others(job, sources)}
+
+
+def put(mesh: Mesh | None, value: np.ndarray) -> jax.Array:
+    """Put a small array on every device."""
+    if mesh is None:
+        return jnp.asarray(value)
+    return jax.device_put(value, NamedSharding(mesh, PartitionSpec()))
+
+
+def batches(job: Job, data: Data, loader: Loader) -> Iterator[loop.Batch]:
+    """Put every loaded step onto the devices."""
+    for loaded in loader:
+        step = data.steps[loaded.index]
+        yield loop.Batch(
+            loaded.static,
+            place(job.mesh, loaded.arrays, step),
+            data.counts(step),
+            data.flops(step),
+        )
+
+
+def place(mesh: Mesh | None, arrays: Mapping[str, Any], step: Step) -> Any:
+    """Put this process's rows of a step onto the devices, as part of all processes' rows."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, arrays)
+    return jax.tree.map(lambda x: parallel.from_rows(x, mesh, step.rows.shape[1]), arrays)
+
+
+def validation(job: Job, data: Data, frozen: Params, seed: int, limit: int) -> Any:
+    """Return a hook's call: the loss over the first steps of a dataset, always the same draws."""
+    count = min(limit, len(data.steps))
+    key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
+
+    def sums(state, frozen, batch, number, static):
+        compute = jax.tree.map(
+            lambda x: x.astype(job.settings.compute_dtype), state.ema or state.params
+        )
+        whole = {**tree.flatten(frozen["model"]), **tree.flatten(compute.get("model", {}))}
+        adapters = lora.scaled(compute["lora"], job.selection.scale) if "lora" in compute else {}
+        rows = jax.tree.map(lambda x: x[0], batch)
+        total, weight, _ = job.stage.loss(
+            tree.unflatten(whole),
+            adapters,
+            frozen["others"],
+            rows,
+            jax.random.fold_in(key, number),
+            static,
+        )
+        return total.astype(jnp.float32), weight.astype(jnp.float32)
+
+    run = jax.jit(sums, static_argnums=4)
+
+    def call(state: TrainState, done: int) -> dict[str, float]:
+        total = weight = 0.0
+        with load(data.steps, data.make, threads=2) as loader:
+            for loaded in loader:
+                step = data.steps[loaded.index]
+                rows = place(job.mesh, loaded.arrays, step)
+                made = run(state, frozen, rows, loaded.index, loaded.static)
+                total, weight = total + float(made[0]), weight + float(made[1])
+                if loaded.index + 1 == count:
+                    break
+        return {"validation_loss": total / weight}
+
+    return call
+
+
+def preview(job: Job, call: Any, frozen: Params, writers: Writers, where: Path) -> Any:
+    """Return a hook's call: previews of the averaged parameters, or of the trained ones."""
+
+    def run(state: TrainState, done: int) -> dict[str, float]:
+        chosen = state.params if state.ema is None else state.ema
+        compute = jax.tree.map(lambda x: x.astype(job.settings.compute_dtype), chosen)
+        whole = {**tree.flatten(frozen["model"]), **tree.flatten(compute.get("model", {}))}
+        adapters = lora.scaled(compute["lora"], job.selection.scale) if "lora" in compute else {}
+        drawn = call(tree.unflatten(whole), adapters, frozen["others"], done, where)
+        for name, image in drawn.items():
+            writers.picture(done, name, image)
+        return {}
+
+    return run
+
+
+def train(
+    job: Job,
+    config: Any,
+    workdir: Path,
+    data: Data,
+    *,
+    held_out: Data | None = None,
+    preview_call: Any = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    peak: float | None = None,
+) -> TrainState:
+    """Train in a folder from its last checkpoint, or from the weights.
+
+    Raises:
+      NotFinite, Interrupted, CheckpointError: see `clvr_jax.train.loop.train`.
+      WeightsError: the weights cannot be read.
+    """
+    active = jax.process_index() == 0
+    line = Line(job.steps, active)
+    as_json = config.to_dict()
+    if active:
+        folder.begin(
+            workdir, as_json, {**job.stage.record, **_record(job, config, data)}, overwrite
+        )
+    _together("begun")
+    save = config.save
+    checkpoints = Checkpoints(
+        folder.checkpoints(workdir, config),
+        Keep(save.last, save.keep_every, save.best, save.metric),
+    )
+    steps = checkpoints.steps() if resume else []
+    if steps:
+        start, meta = checkpoints.meta()
+        _same_data(meta, data, workdir)
+        state, frozen = restore_state(job, checkpoints, start)
+        line.say(f"resumed at step {start} of {job.steps}")
+    else:
+        start = 0
+        state, frozen = load_state(job, config.seed)
+    writers = Writers(workdir, start, tuple(config.trackers), as_json, active)
+    hooks = []
+    if held_out is not None and config.validation.every:
+        call = validation(job, held_out, frozen, config.seed, config.validation.steps)
+        hooks.append(loop.Hook(config.validation.every, call, first=True))
+    if preview_call is not None and config.preview.every:
+        call = preview(job, preview_call, frozen, writers, workdir / folder.PREVIEWS)
+        hooks.append(loop.Hook(config.preview.every, call, first=True))
+    loader = load(data.steps, data.make, start, threads=config.data.threads)
+    try:
+        with build.use_mesh(job.mesh):
+            return loop.train(
+                state,
+                job.step(),
+                frozen,
+                batches(job, data, loader),
+                jax.random.key(config.seed),
+                loop.When(job.steps, config.log, save.every),
+                checkpoints=checkpoints,
+                meta={"data": data.fingerprint, "rows": _rows(data)},
+                writers=writers,
+                line=line,
+                hooks=tuple(hooks),
+                peak=peak,
+            )
+    finally:
+        line.end()
+        loader.close()
+        writers.close()
+        checkpoints.close()
+
+
+def _record(job: Job, config: Any, data: Data) -> dict[str, Any]:
+    return {
+        "stage": job.stage.name,
+        "component": job.stage.component,
+        "weights": os.path.abspath(config.weights)
+        if os.path.exists(config.weights)
+        else config.weights,
+        "checkpoints": config.save.folder,
+        "data": {"path": data.path, "records": data.records, "fingerprint": data.fingerprint},
+        "steps": job.steps,
+        "adapter_scale": job.selection.scale,
+    }
+
+
+def _same_data(meta: Mapping[str, Any], data: Data, workdir: Path) -> None:
+    now = {"data": data.fingerprint, "rows": _rows(data)}
+    said = {"data": "the content of the data", "rows": "rows of a step (accumulation, rows)"}
+    for name, words in said.items():
+        if meta[name] != now[name]:
+            raise ValueError(
+                f"{workdir}: {words} was {meta[name]} and is {now[name]}, so that the run cannot "
+                "go on where it was; restore it, or begin a new run from its weights: "
+                f"--config.weights={workdir} --workdir=ANOTHER"
+            )
+
+
+def _rows(data: Data) -> list[int]:
+    return list(data.steps[0].rows.shape[:2])
+
+
+def _places(shapes: Params, mesh: Mesh | None) -> Params | None:
+    return None if mesh is None else parallel.shardings(shapes, mesh)
+
+
+def _together(name: str) -> None:
+    """Wait for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
