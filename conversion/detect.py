@@ -26,7 +26,8 @@ class Found:
       path: where.
       components: by name.
       shared: folders and files that are copied as they are, by name.
-      manifest: content of our clvr.json, and `conditioning` where weights have it recorded.
+      manifest: content of our clvr.json; `conditioning` where weights have it recorded, and of a
+        run the attention `pattern`.
     """
 
     kind: str
@@ -61,6 +62,8 @@ def find(
       hub.HubError: a repository could not be had.
     """
     path = Path(source)
+    if at := runs.place(path):
+        return _run(at, wanted, complete)
     if not path.exists():
         if not hub.is_repo_id(str(source)):
             raise FileNotFoundError(
@@ -68,8 +71,6 @@ def find(
                 "id such as black-forest-labs/FLUX.2-klein-4B or Qwen/Qwen3-VL-8B-Instruct"
             )
         path = hub.download(str(source), list(wanted or KINDS))
-    if at := runs.place(path):
-        return _run(at, wanted, complete)
     if path.is_file():
         component = _single_file(path, base)
         return Found(f"single file, {component.layout} layout", path, {component.name: component})
@@ -112,7 +113,13 @@ def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
     """A run: its component over the weights that it began from, and the rest of those."""
     record = at.record()
     name, weights = record["component"], record["weights"]
-    base = find(weights, wanted, complete=complete)
+    try:
+        base = find(weights, wanted, complete=complete)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{at.folder} trained the {name} of {weights}, and its other weights are still read "
+            f"from there: {error}. Put them back, or change `weights` in {at.folder / runs.RECORD}"
+        ) from error
     components = dict(base.components)
     if wanted is None or name in wanted:
         if name not in components:
@@ -120,7 +127,7 @@ def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
                 f"{at.folder} trained the {name} of {weights}, which has none any more"
             )
         components[name] = runs.component(components[name], at)
-    manifest = {key: record[key] for key in ("conditioning",) if key in record}
+    manifest = {key: record[key] for key in ("conditioning", "pattern") if key in record}
     step = "newest checkpoint" if at.step is None else f"step {at.step}"
     return Found(f"run ({step}) over {base.kind}", at.folder, components, base.shared, manifest)
 

@@ -41,6 +41,24 @@ class Place:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is no record of a run: {error!r}") from error
 
+    def checkpoints(self) -> Any:
+        """Return the folder of its states: its own, or that which it recorded."""
+        own = self.folder / CHECKPOINTS
+        return own if own.is_dir() else self.record().get("checkpoints") or own
+
+    def newest(self) -> int:
+        """Return the step of its newest checkpoint.
+
+        Raises:
+          CheckpointError: it has none.
+        """
+        from clvr_jax.checkpoint import CheckpointError, saved_steps
+
+        steps = saved_steps(self.checkpoints())
+        if not steps:
+            raise CheckpointError(f"{self.checkpoints()} holds no finished checkpoint")
+        return steps[-1]
+
 
 def place(path: Path) -> Place | None:
     """Return the checkpoint at a run's folder, or at checkpoints/STEP in it; None elsewhere."""
@@ -72,11 +90,10 @@ class RunSource:
         from conversion.lora.merged import MergedSource
 
         self.path, self.base = trained.path, base
-        record = Place(trained.path, trained.step).record()
-        where = record.get("checkpoints") or trained.path / CHECKPOINTS
-        self.reader = open_state(where, trained.step)
-        kinds = {name.partition("/")[0] for name in self.reader.specs}
-        self._root = "ema" if "ema" in kinds else "params"
+        at = Place(trained.path, trained.step)
+        record = at.record()
+        self.reader = open_state(at.checkpoints(), trained.step)
+        self._root = _root(self.reader)
         prefix = f"{self._root}/model/"
         self.trained = {
             name.removeprefix(prefix): spec
@@ -84,8 +101,8 @@ class RunSource:
             if name.startswith(prefix)
         }
         self._layers: Source = _Over(self)
-        if adapters := self._adapters(float(record.get("adapter_scale", 1.0))):
-            self._layers = MergedSource(self._layers, adapters)
+        if factors := _adapters(self.reader, record):
+            self._layers = MergedSource(self._layers, factors)
 
     def read(self, path: str, layer: int | None) -> Lazy:
         """Return a leaf; see `Source`."""
@@ -115,14 +132,38 @@ class RunSource:
 
         return Stored(shape[1:], dtype, read)
 
-    def _adapters(self, scale: float) -> dict[str, Any]:
-        prefix = f"{self._root}/lora/"
-        flat = {}
-        for name in self.reader.specs:
-            if name.startswith(prefix):
-                factor = scale if name.endswith("/b") else 1.0
-                flat[name.removeprefix(prefix)] = self.reader.read(name) * np.float32(factor)
-        return unflatten(flat)
+
+def adapters(at: Place) -> dict[str, Any]:
+    """Return the adapters that a run trained, in float32, with their scale in `b`.
+
+    Raises:
+      CheckpointError, WeightsError: the run has no checkpoint of that step, or it is damaged.
+      ValueError: it trained no adapters.
+    """
+    from clvr_jax.checkpoint import open_state
+
+    found = _adapters(open_state(at.checkpoints(), at.step), at.record())
+    if not found:
+        raise ValueError(
+            f"{at.folder} trained the weights themselves, not adapters; convert it as a model: "
+            f"python -m conversion {at.folder} TARGET"
+        )
+    return found
+
+
+def _adapters(reader: Any, record: dict[str, Any]) -> dict[str, Any]:
+    prefix, scale = f"{_root(reader)}/lora/", np.float32(record.get("adapter_scale", 1.0))
+    flat = {}
+    for name in reader.specs:
+        if name.startswith(prefix):
+            factor = scale if name.endswith("/b") else np.float32(1)
+            flat[name.removeprefix(prefix)] = reader.read(name).astype(np.float32) * factor
+    return unflatten(flat)
+
+
+def _root(reader: Any) -> str:
+    """Where a state has what it is used as: its moving average, if it keeps one."""
+    return "ema" if any(name.startswith("ema/") for name in reader.specs) else "params"
 
 
 class _Over:

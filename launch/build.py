@@ -82,7 +82,7 @@ def inspect_weights(source: str, transformer: str | None = None) -> Weights:
         index = json.loads(found.shared[detect.INDEX].read_text())
     kv = index.get("_class_name") == "Flux2KleinKVPipeline"
     distilled = bool(index.get("is_distilled", False)) or kv
-    return Weights(found, distilled, "kv" if kv else "full")
+    return Weights(found, distilled, found.manifest.get("pattern", "kv" if kv else "full"))
 
 
 def networks(weights: Weights, attention: str = "auto", layers: str = "scan") -> Networks:

@@ -26,6 +26,9 @@ _DRY_RUN = flags.DEFINE_bool(
 _TARGET = flags.DEFINE_string(
     "target", "here", "with --dry_run: a machine that need not be there, e.g. h20x8, v5e-64"
 )
+_OUT = flags.DEFINE_string(
+    "out", None, "with --dry_run and a TPU slice: JSON file for what compiling for it found"
+)
 
 
 def main(argv) -> None:
@@ -38,7 +41,7 @@ def main(argv) -> None:
     if _DRY_RUN.value:
         from launch.training import dry_run
 
-        dry_run.show(config, _TARGET.value)
+        dry_run.show(config, _TARGET.value, _OUT.value)
         return
     if not _WORKDIR.value:
         raise ValueError("give --workdir, the folder of the run, or --dry_run")
@@ -47,12 +50,16 @@ def main(argv) -> None:
     from launch.training import folder
 
     workdir = Path(_WORKDIR.value)
+    config.weights = folder.pinned(workdir, config.weights, _RESUME.value)
     folder.prepare(workdir, config.to_dict(), _RESUME.value, _OVERWRITE.value)
 
     from launch import distributed
 
     distributed.initialize()
     use_compile_cache()
+    import jax
+
+    from clvr_jax.data.loader import LoadError
     from clvr_jax.train.loop import Interrupted
     from launch.training import compose
     from launch.training import run as training
@@ -73,7 +80,13 @@ def main(argv) -> None:
     except Interrupted as error:
         print(f"{error}; --resume goes on", file=sys.stderr)
         sys.exit(143)
-    print(workdir)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except LoadError as error:
+        raise ValueError(f"the data changed or cannot be read: {error}") from error
+    if jax.process_index() == 0:
+        print(workdir)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Checkpoints of runs: what is kept, other meshes, kills, broken and full disks."""
 
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,7 +14,14 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from clvr_jax.checkpoint import CheckpointError, Checkpoints, Keep, open_state
+from clvr_jax.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    Keep,
+    delete,
+    open_state,
+    saved_steps,
+)
 from clvr_jax.parallel import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -43,9 +51,12 @@ def test_a_metric_that_is_missing_is_never_the_best(tmp_path):
     checkpoints = Checkpoints(tmp_path, Keep(last=1, best=1, metric="validation_loss"))
     checkpoints.save(1, tree(), {}, {"validation_loss": 5.0})
     checkpoints.save(2, tree(), {}, {"loss": 0.0})
-    checkpoints.save(3, tree(), {})
+    checkpoints.save(3, tree(), {"x": 1}, {"validation_loss": float("nan")})
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3]
+    checkpoints.save(4, tree(), {})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 4]
     checkpoints.close()
 
 
@@ -127,6 +138,40 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
     checkpoints.save(3, tree(), {})
     assert checkpoints.steps() == [1, 3]
     checkpoints.close()
+
+
+def test_a_disk_that_fills_up_during_a_save(tmp_path):
+    """Told by `wait`, leaves nothing behind, and costs the saves after it nothing."""
+    checkpoints = Checkpoints(tmp_path)
+    noise = np.random.default_rng(0).standard_normal((1024, 512)).astype(np.float32)
+    state = {"x": jnp.asarray(noise)}
+    checkpoints.save(1, state, {})
+    checkpoints.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, limits[1]))  # files end there
+    try:
+        checkpoints.save(2, state, {})
+        with pytest.raises(CheckpointError, match=r"the last save failed: .*too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+    checkpoints.save(3, state, {})
+    checkpoints.wait()
+    assert checkpoints.steps() == saved_steps(tmp_path) == [1, 3]
+    checkpoints.close()
+
+
+def test_only_finished_checkpoints_are_deleted(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(7, tree(), {})
+    checkpoints.close()
+    (tmp_path / "8").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    delete(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"8", "notes.txt"}
+    delete(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_killed_while_saving(tmp_path):

@@ -84,7 +84,8 @@ class Checkpoints:
           metrics: for `Keep.best`.
 
         Raises:
-          CheckpointError: the disk has too little room, or the save before this one failed.
+          CheckpointError: the disk has too little room, this save failed, or the one before it,
+            after which this one was not tried; `wait` first tells the two apart.
         """
         import orbax.checkpoint as ocp
 
@@ -93,10 +94,10 @@ class Checkpoints:
         items = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(dict(state)), META: ocp.args.JsonSave(dict(meta))}
         )
-        given = None if metrics is None else {k: float(v) for k, v in metrics.items()}
+        given = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
         try:
-            self._manager.save(step, args=items, metrics=given, force=True)
-        except OSError as error:
+            self._manager.save(step, args=items, metrics=given or None, force=True)
+        except Exception as error:  # Orbax and TensorStore raise several kinds for a bad disk
             raise CheckpointError(f"{self.folder}: saving step {step} failed: {error}") from error
 
     def wait(self) -> None:
@@ -108,6 +109,7 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:  # whatever the writing thread met: it is not raised anew
+            self._tidy()
             raise CheckpointError(
                 f"{self.folder}: the last save failed: {error}; what was saved before is whole"
             ) from error
@@ -153,6 +155,12 @@ class Checkpoints:
         finally:
             self._manager.close()
 
+    def _tidy(self) -> None:
+        """Remove what a failed save left: it takes the room that the next one needs."""
+        if jax.process_index() == 0 and "://" not in str(self.folder):
+            for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _found(self, step: int | None) -> int:
         self.wait()
         return _chosen(self.folder, self.steps(), step)
@@ -165,11 +173,18 @@ class Checkpoints:
 
     def _broken(self, step: int, error: Exception) -> CheckpointError:
         others = [str(other) for other in self.steps() if other != step]
-        advice = f"take another one: {', '.join(others)}" if others else "there is no other"
+        advice = "there is no other"
+        if others:
+            advice = (
+                f"take another one: {', '.join(others)} (a run resumes from the newest: remove "
+            )
+            advice += "this one to go on from the one before)"
         text = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         return CheckpointError(f"{self.folder / str(step)} cannot be read ({text}); {advice}")
 
     def _compare(self, step: int, abstract: Mapping[str, Any]) -> None:
+        if "://" in str(self.folder):
+            return  # names and shapes are read from a disk; Orbax tells of differences in its way
         try:
             saved = {name: shape for name, (shape, _) in _reader(self.folder, step).specs.items()}
         except WeightsError as error:
@@ -199,6 +214,12 @@ class Checkpoints:
             if shard.replica_id == 0
         )
         free = shutil.disk_usage(self.folder).free
+        if jax.process_count() > 1:  # all write to one disk, and all must save or none
+            from jax.experimental import multihost_utils
+
+            # float64 would lose its upper half here; mebibytes are exact enough
+            told = multihost_utils.process_allgather(np.float32([needed / 2**20, free / 2**20]))
+            needed, free = int(told[:, 0].sum() * 2**20), int(told[:, 1].min() * 2**20)
         if free < needed + 2**24:
             raise CheckpointError(
                 f"{self.folder} has {free / 2**30:.2f} GiB free, a checkpoint takes "
@@ -206,20 +227,36 @@ class Checkpoints:
             )
 
 
+def saved_steps(folder: Any) -> list[int]:
+    """Return the steps of the finished checkpoints in a folder, in order; makes nothing."""
+    folder = _absolute(folder)
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in entries if p.name.isdigit() and (p / STATE).is_dir())
+
+
+def delete(folder: Any) -> None:
+    """Delete the finished checkpoints in a folder, and nothing else in it."""
+    for step in saved_steps(folder):
+        (_absolute(folder) / str(step)).rmtree()
+
+
 def open_state(folder: Any, step: int | None = None) -> ParamsReader:
     """Return the leaves of a run's state, to be read one by one; needs no devices.
 
     Args:
-      folder: the run's checkpoints, local or an object store.
+      folder: the run's checkpoints, on a local disk.
       step: which; the newest by default.
 
     Raises:
       CheckpointError: there is none.
     """
     folder = _absolute(folder)
-    entries = folder.iterdir() if folder.is_dir() else ()
-    steps = sorted(int(p.name) for p in entries if p.name.isdigit() and (p / STATE).is_dir())
-    return _reader(folder, _chosen(folder, steps, step))
+    if "://" in str(folder):
+        raise CheckpointError(
+            f"{folder} is an object store; weights are read from a disk: copy a step's folder to "
+            "checkpoints/ in the run's"
+        )
+    return _reader(folder, _chosen(folder, saved_steps(folder), step))
 
 
 def _reader(folder: Any, step: int) -> ParamsReader:

@@ -135,7 +135,7 @@ def generate(
         jnp.float32(settings.guidance),
     )
     images = decode(nets, params["vae"], latents)
-    return einops.rearrange(np.asarray(images), "(p s) h w c -> p s h w c", p=len(prompts))
+    return einops.rearrange(_fetched(images), "(p s) h w c -> p s h w c", p=len(prompts))
 
 
 def layout_of(
@@ -174,6 +174,15 @@ def reference_tokens(nets: Networks, params: Params, references, dtype) -> Laten
     if not encoded:
         return jnp.zeros((1, 0, nets.transformer.cfg.channels), dtype)
     return jnp.concatenate(encoded, axis=1)
+
+
+def _fetched(images: UInt8[Array, "b height width 3"]) -> UInt8[np.ndarray, "b height width 3"]:
+    """Return pictures on the host, in every process also where several hold parts of them."""
+    if images.is_fully_addressable or images.is_fully_replicated:
+        return np.asarray(images)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(images, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -61,6 +61,10 @@ class When:
     log: int = 10
     save: int = 500
 
+    def __post_init__(self):
+        if self.log < 1 or self.save < 0:
+            raise ValueError(f"{self}: log must be 1 or more, save 0 or more")
+
 
 class NotFinite(ValueError):
     """A loss or gradient was not finite; the text names step and parameters."""
@@ -84,6 +88,7 @@ def train(
     line: Line,
     hooks: tuple[Hook, ...] = (),
     peak: float | None = None,
+    averages: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Train from `state` to `when.steps`, and save at the end.
 
@@ -102,25 +107,35 @@ def train(
       line: where progress goes.
       hooks: previews, validation.
       peak: FLOP/s of all devices, for the model FLOP utilisation.
+      averages: `meta["averages"]` of the checkpoint that is gone on from: steps without a line yet.
+
+    A batch that cannot be made, or a hook that fails, ends the run; with one process the state is
+    saved first.
 
     Raises:
       NotFinite: a loss or gradient is not finite. The update was not applied; the state is saved.
       Interrupted: SIGTERM came; the state is saved.
       CheckpointError: the last save failed.
     """
-    run = _Run(checkpoints, meta, writers, line, peak, when)
+    run = _Run(checkpoints, meta, writers, line, peak, when, averages)
     done = int(state.step)
     if done == 0:
         for hook in hooks:
             if hook.first and hook.every:
                 run.call(hook, state, done)
+    run.began = time.perf_counter()  # what comes before the first step does not come again
+    run.saved = done
     with _sigterm() as ended:
         while done < when.steps:
-            batch = run.next(batches)
-            state, out = run.step(step, state, frozen, batch, key)
+            try:
+                batch = run.next(batches)
+            except Exception:
+                run.rescue(state, done)
+                raise
+            state, out, timed = run.step(step, state, frozen, batch, key)
             done += 1
             run.report(run.pending, state)
-            run.pending = (done, batch, out)
+            run.pending = (done, batch, out, timed)
             for hook in hooks:
                 if hook.every and (done % hook.every == 0 or done == when.steps):
                     run.report(run.pending, state)
@@ -137,14 +152,16 @@ def train(
 class _Run:
     """What the loop keeps between steps."""
 
-    def __init__(self, checkpoints, meta, writers, line, peak, when):
+    def __init__(self, checkpoints, meta, writers, line, peak, when, averages):
         self.checkpoints, self.meta, self.writers = checkpoints, meta, writers
         self.line, self.peak, self.when = line, peak, when
         self.pending: Any = None  # the step that is not reported yet
-        self.averages, self.window = Averages(), Window()
+        self.averages, self.window = Averages(averages), Window()
         self.began, self.compiled, self.steps = time.perf_counter(), 0.0, 0
         self.seen: set[Hashable] = set()
-        self.recent: dict[str, float] = {}
+        self.recent: dict[str, float] = {}  # of the last line
+        self.measured: tuple[int, dict[str, float]] = (0, {})  # by hooks, and at which step
+        self.saved = 0  # the newest step whose state is saved, or was given
 
     def next(self, batches: Iterator[Batch]) -> Batch:
         began = time.perf_counter()
@@ -153,44 +170,59 @@ class _Run:
         return batch
 
     def step(self, step, state, frozen, batch: Batch, key):
-        began = time.perf_counter()
+        """Return the new state, its numbers, and whether the call's time is a step's alone."""
+        began, timed = time.perf_counter(), batch.static in self.seen
         state, out = step(state, frozen, batch.arrays, key, batch.static)
-        if batch.static not in self.seen:
+        if not timed:
             self.seen.add(batch.static)
             jax.block_until_ready(out)
             spent = time.perf_counter() - began
             self.window.compile += spent
             self.compiled += spent
             self.line.say(f"compiled and ran {batch.static} in {spent:.1f} s")
-        return state, out
+        return state, out, timed
 
     def report(self, pending, state) -> None:
         """Wait for a step's numbers; write a line where one is due."""
         if pending is None:
             return
         self.pending = None
-        done, batch, out = pending
+        done, batch, out, timed = pending
         if not bool(out["finite"]):
             self._stop(done, out, state)
         self.averages.add(jax.device_get(out["metrics"]))
-        self.window.count(batch.counts, batch.flops)
-        self.steps += 1
+        if timed:
+            self.window.count(batch.counts, batch.flops)
+            self.steps += 1
         if done % self.when.log == 0 or done == self.when.steps:
             values = {**self.averages.take(), **self.window.close(self.peak)}
-            each = (time.perf_counter() - self.began - self.compiled) / self.steps
-            values["seconds_left"] = each * (self.when.steps - done)
+            if self.steps:
+                each = (time.perf_counter() - self.began - self.compiled) / self.steps
+                values["seconds_left"] = each * (self.when.steps - done)
             self.window = Window()
-            self.recent = {**self.recent, **values}
+            self.recent = values
             self.line.show(done, values)
+            self.write(done, values)
+
+    def write(self, done: int, values: Mapping[str, float]) -> None:
+        """Write numbers; a full disk is told and does not end the run."""
+        try:
             self.writers.scalars(done, values)
+        except OSError as error:
+            self.line.say(f"step {done}: its numbers are NOT WRITTEN: {error}")
 
     def call(self, hook: Hook, state, done: int) -> None:
         began = time.perf_counter()
-        values = dict(hook.call(state, done))
+        try:
+            values = dict(hook.call(state, done))
+        except Exception:
+            self.rescue(state, done)
+            raise
         self.window.other += time.perf_counter() - began
         if values:
-            self.recent.update(values)
-            self.writers.scalars(done, values)
+            before = self.measured[1] if self.measured[0] == done else {}
+            self.measured = done, {**before, **values}
+            self.write(done, values)
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self.line.say(f"step {done}: {shown}")
 
@@ -199,14 +231,30 @@ class _Run:
         self.report(self.pending, state)
         began = time.perf_counter()
         try:
-            self.checkpoints.save(done, saved(state), {**self.meta, "step": done}, self.recent)
+            self.checkpoints.wait()
+        except CheckpointError as error:  # the one before; this one is tried all the same
+            self.line.say(f"NOT SAVED: {error}; training goes on")
+        # a number that a hook measured at another step does not make this one the best
+        metrics = {**self.recent, **(self.measured[1] if self.measured[0] == done else {})}
+        try:
+            self.checkpoints.save(done, saved(state), self._meta(done), metrics)
             if final:
                 self.checkpoints.wait()
+            self.saved = done
         except CheckpointError as error:
             if final:
                 raise
             self.line.say(f"NOT SAVED at step {done}: {error}; training goes on")
         self.window.save += time.perf_counter() - began
+
+    def rescue(self, state: TrainState, done: int) -> None:
+        """Save before the run ends with an error; several processes may not all have met it."""
+        if jax.process_count() == 1 and self.saved != done:
+            self.save(state, done, final=True)
+            self.line.say(f"the state is saved at step {done}")
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        return {**self.meta, "step": step, "averages": self.averages.sums()}
 
     def _stop(self, done: int, out, state) -> None:
         bad = not_finite(jax.device_get(out["norms"]))
@@ -217,7 +265,7 @@ class _Run:
         at = int(state.step)
         try:
             self.pending = None
-            self.checkpoints.save(at, saved(state), {**self.meta, "step": at})
+            self.checkpoints.save(at, saved(state), self._meta(at))
             self.checkpoints.wait()
             text += f", and the state is saved as step {at}"
         except CheckpointError as error:

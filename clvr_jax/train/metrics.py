@@ -5,8 +5,10 @@ resumed run goes on in the same files and the same run: what an interrupted one 
 checkpoint it resumes from is dropped.
 """
 
+import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,15 @@ TRACKERS = ("tensorboard", "wandb")
 
 
 class Averages:
-    """Weighted means over the steps since the last `take`; knows what names come."""
+    """Weighted means over the steps since the last `take`; knows what names come.
 
-    def __init__(self):
+    Args:
+      sums: of steps added before, from `sums`.
+    """
+
+    def __init__(self, sums: Mapping[str, Any] | None = None):
         self._merged: dict[str, clu_metrics.Average] = {}
+        self.add({name: tuple(pair) for name, pair in (sums or {}).items()})
 
     def add(self, pairs: Mapping[str, tuple[Any, Any]]) -> None:
         """Add a step's pairs (sum, weight) on the host."""
@@ -30,10 +37,27 @@ class Averages:
             new = clu_metrics.Average(np.float64(total), np.float64(weight))
             self._merged[name] = self._merged[name].merge(new) if name in self._merged else new
 
+    def sums(self) -> dict[str, list[float]]:
+        """Return what has been added as [sum, weight] by name, for JSON."""
+        return {n: [float(m.total), float(m.count)] for n, m in self._merged.items()}
+
     def take(self) -> dict[str, float]:
         """Return the means, and forget; what had no weight is left out."""
         merged, self._merged = self._merged, {}
         return {n: float(m.total) / float(m.count) for n, m in merged.items() if m.count > 0}
+
+
+def check(trackers: tuple[str, ...]) -> None:
+    """Look whether trackers can be used.
+
+    Raises:
+      ValueError: one is unknown, or its package is not installed.
+    """
+    for name in trackers:
+        if name not in TRACKERS:
+            raise ValueError(f"tracker {name!r} is unknown; choose from {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f'the tracker {name} needs: pip install -e ".[{name}]"')
 
 
 class Writers:
@@ -58,10 +82,8 @@ class Writers:
         config: Mapping[str, Any] | None = None,
         active: bool = True,
     ):
+        check(trackers)
         made = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-        for name in trackers:
-            if name not in made:
-                raise ValueError(f"tracker {name!r} is unknown; choose from {', '.join(TRACKERS)}")
         self._writers: list[Any] = []
         if active:
             self._writers = [_Jsonl(folder / FILE, start)]
@@ -86,7 +108,7 @@ class Writers:
 class _Jsonl:
     def __init__(self, file: Path, start: int):
         lines = file.read_text().splitlines() if file.exists() else []
-        kept = [line for line in lines if _step(line) <= start]
+        kept = [line for line in lines if start and _step(line) <= start]  # at 0 it begins anew
         partial = file.with_suffix(".partial")
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, file)
@@ -111,18 +133,15 @@ def _step(line: str) -> float:
 
 class _TensorBoard:
     def __init__(self, folder: Path, start: int, config: Mapping[str, Any]):
-        try:
-            from tensorboard.compat.proto import event_pb2, summary_pb2
-            from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError as error:
-            raise ValueError('TensorBoard needs: pip install -e ".[tensorboard]"') from error
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         self._writer = EventFileWriter(str(folder / "tensorboard"))
-        if start:  # readers forget what an earlier attempt wrote from here on
-            from tensorboard.compat.proto.event_pb2 import SessionLog
-
-            log = SessionLog(status=SessionLog.START)
-            self._writer.add_event(self._event(step=start + 1, session_log=log))
+        # readers forget what an earlier attempt wrote from here on
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        first = start + 1 if start else 0
+        self._writer.add_event(self._event(step=first, session_log=log))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         entries = [self._summary.Value(tag=k, simple_value=v) for k, v in values.items()]
@@ -147,13 +166,11 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, start: int, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ValueError('Weights & Biases needs: pip install -e ".[wandb]"') from error
+        import wandb
+
         known = folder / "wandb_id.txt"
         if not known.exists():
-            known.write_text(wandb.util.generate_id())
+            known.write_text(secrets.token_hex(4))
         self._wandb = wandb
         self._run = wandb.init(
             id=known.read_text().strip(),
@@ -162,12 +179,14 @@ class _Wandb:
             name=folder.name,
             config=dict(config),
         )
+        # wandb's own steps only grow: it would drop what a resumed run computes a second time
+        self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        self._run.log({"step": step, **values})
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        self._run.log({name: self._wandb.Image(image)}, step=step)
+        self._run.log({"step": step, name: self._wandb.Image(image)})
 
     def close(self) -> None:
         self._run.finish()

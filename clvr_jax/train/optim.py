@@ -36,7 +36,8 @@ class Optim:
       weight_decay: factor of the decay.
       decay: pattern of the parameters that decay; norms and biases do not.
       clip_norm: largest global gradient norm; 0 for none.
-      groups: (pattern, factor of the rate) pairs; first match wins, others have factor 1.
+      groups: (pattern, factor of the rate) pairs; first match wins, others have factor 1. Patterns
+        are searched in a model's own paths, without the root `model/` or `lora/` of the state.
       moments: float32, or bfloat16 with stochastic rounding.
     """
 
@@ -111,8 +112,10 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
     """
     paths = list(tree.flatten(params))
     for pattern, _ in optim.groups:
-        if not any(re.search(pattern, path) for path in paths):
-            raise ValueError(f"optim.groups: {pattern!r} matches none of {', '.join(paths)}")
+        if not any(re.search(pattern, _own(path)) for path in paths):
+            raise ValueError(
+                f"optim.groups: {pattern!r} matches none of {', '.join(map(_own, paths))}"
+            )
     b1, b2 = optim.momentum
     if optim.name == "adamw":
         inner = optax.scale_by_adam(b1, b2, optim.eps)
@@ -133,7 +136,13 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
 
 def factor_of(groups: tuple[tuple[str, float], ...], path: str) -> float:
     """Return the learning rate's factor of a parameter."""
-    return next((factor for pattern, factor in groups if re.search(pattern, path)), 1.0)
+    found = (factor for pattern, factor in groups if re.search(pattern, _own(path)))
+    return next(found, 1.0)
+
+
+def _own(path: str) -> str:
+    """A parameter's path in its model, as the pattern of what is trained sees it."""
+    return re.sub(r"^(model|lora)/", "", path)
 
 
 def _factors(groups) -> optax.GradientTransformation:

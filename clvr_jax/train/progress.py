@@ -13,11 +13,11 @@ class Window:
     """What happened since the last line, in host seconds.
 
     Attributes:
-      steps: steps done.
+      steps: steps done, without first calls of a program.
       data: seconds in which training waited for the next batch.
       save: seconds in which it waited for a checkpoint.
       other: seconds of previews and validation.
-      compile: seconds of first calls, which compile.
+      compile: seconds of first calls, which compile and make a step.
       counts: how much went through, by unit: tokens, images, ...
       flops: model FLOPs of these steps.
     """
@@ -39,7 +39,7 @@ class Window:
             self.counts[unit] = self.counts.get(unit, 0) + number
 
     def close(self, peak: float | None) -> dict[str, float]:
-        """Return seconds and rates of this window.
+        """Return seconds and rates of this window; no rates where every step compiled.
 
         Args:
           peak: FLOP/s of all devices together, None where not known.
@@ -48,7 +48,7 @@ class Window:
         busy = max(wall - self.save - self.other - self.compile, 1e-9)
         steps = max(self.steps, 1)
         out = {
-            "seconds_per_step": busy / steps,
+            **({"seconds_per_step": busy / steps} if self.steps else {}),
             "seconds_data": self.data / steps,
             "seconds_save": self.save / steps,
             "seconds_other": self.other / steps,
@@ -104,8 +104,10 @@ def describe(step: int, total: int, values: Mapping[str, Any]) -> str:
     parts = [f"step {step}/{total}", f"loss {values.get('loss', math.nan):.4g}"]
     parts.append(f"grad {values.get('grad_norm', math.nan):.3g}")
     parts.append(f"lr {values.get('learning_rate', math.nan):.2e}")
-    seconds = values["seconds_per_step"]
-    split = f"{seconds:.3g} s/step (data {values['seconds_data']:.2g}"
+    seconds = (
+        f"{values['seconds_per_step']:.3g} s/step" if "seconds_per_step" in values else "compiled"
+    )
+    split = f"{seconds} (data {values['seconds_data']:.2g}"
     split += f", save {values['seconds_save']:.2g}"
     if values["seconds_other"] > 0:
         split += f", other {values['seconds_other']:.2g}"
@@ -114,7 +116,8 @@ def describe(step: int, total: int, values: Mapping[str, Any]) -> str:
     parts += [f"{v:.4g} {k.removesuffix('_per_second')}/s" for k, v in rates.items()]
     if "mfu" in values:
         parts.append(f"MFU {values['mfu']:.1%}")
-    parts.append(f"ETA {clock(values['seconds_left'])}")
+    if "seconds_left" in values:
+        parts.append(f"ETA {clock(values['seconds_left'])}")
     return " | ".join(parts)
 
 

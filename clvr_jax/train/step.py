@@ -93,9 +93,9 @@ def make_step(
     def train_step(state, frozen, batch, key, static):
         key = jax.random.fold_in(key, state.step)
         compute = jax.tree.map(lambda x: x.astype(settings.compute_dtype), state.params)
-        total, weight, aux, grads = _accumulate(
-            lambda batch, key: gradient(compute, frozen, batch, key, static), batch, key, places
-        )
+        weights = compute, frozen
+        part = lambda weights, batch, key: gradient(*weights, batch, key, static)
+        total, weight, aux, grads = _accumulate(part, weights, batch, key, places)
         share = 1 / jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) * share, grads)
         norms = {path: jnp.sum(g**2) for path, g in tree.flatten(grads).items()}
@@ -130,12 +130,12 @@ def make_step(
     return train_step
 
 
-def _accumulate(gradient, batch: Batch, key: PRNGKey, places):
+def _accumulate(gradient, weights, batch: Batch, key: PRNGKey, places):
     """Sums of losses, weights, aux and gradients over micro-batches."""
     count = jax.tree.leaves(batch)[0].shape[0]
 
-    def one(i, part):
-        (total, (weight, aux)), grads = gradient(part, jax.random.fold_in(key, i))
+    def one(i, weights, part):
+        (total, (weight, aux)), grads = gradient(weights, part, jax.random.fold_in(key, i))
         aux = {name: _pair(value, weight) for name, value in aux.items()}
         if places is not None:
             grads = jax.lax.with_sharding_constraint(grads, places)
@@ -143,15 +143,15 @@ def _accumulate(gradient, batch: Batch, key: PRNGKey, places):
 
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
-        return one(0, first)
+        return one(0, weights, first)
 
     def body(sums, at):
-        i, part = at
-        more = one(i, part)
+        # else XLA gathers embeddings and output head before the loop, and keeps them through it
+        more = one(at[0], *jax.lax.optimization_barrier((weights, at[1])))
         # micro-batches add up in float32, whatever the networks compute in
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, more), None
 
-    shapes = jax.eval_shape(one, 0, first)
+    shapes = jax.eval_shape(one, 0, weights, first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
     if places is not None:
         zeros = (*zeros[:3], jax.lax.with_sharding_constraint(zeros[3], places))

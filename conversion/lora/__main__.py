@@ -12,7 +12,8 @@ _DESCRIPTION = """\
 Convert LoRA files of FLUX.2 klein, both ways.
 
 SOURCE is a LoRA safetensors file (diffusers, PEFT, BFL, ai-toolkit, kohya, musubi), a folder that
-holds one, or adapters saved here. WEIGHTS is the model that they belong to.
+holds one, adapters saved here, or a training run (or checkpoints/STEP in it) that trained adapters.
+WEIGHTS is the model that they belong to.
 
   python -m conversion.lora style.safetensors adapters/style --weights=weights/klein_4b
   python -m conversion.lora adapters/style style.safetensors --to=peft --weights=klein_4b
@@ -85,9 +86,15 @@ def _model(weights: str, to: str) -> tuple[Any, Any]:
 
 
 def _adapters(source: Path, abstract: Any) -> Any:
-    """Adapters of a LoRA file, or saved ones."""
+    """Adapters of a LoRA file, saved ones, or those of a training run."""
+    from conversion import runs
     from conversion.lora import read
 
+    if at := runs.place(source):
+        component = at.record()["component"]
+        if component != "transformer":
+            raise ValueError(f"{source} trained a {component}; LoRA files are of a transformer")
+        return runs.adapters(at)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; expected a LoRA file or saved adapters")
     if source.is_file() or any(source.glob("*.safetensors")):
@@ -112,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="LoRA file or saved adapters")
+    parser.add_argument(
+        "source", metavar="SOURCE", type=Path, help="LoRA file, saved adapters, or a run"
+    )
     parser.add_argument("target", metavar="TARGET", type=Path, help="what to create")
     parser.add_argument(
         "--to",

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from clvr_jax import parallel
-from clvr_jax.train import optim
+from clvr_jax import parallel, tree
+from clvr_jax.checkpoint import Keep
+from clvr_jax.train import metrics, optim
 from clvr_jax.train.step import Settings
 from launch import build
 from launch.bench.machine import limits_of
@@ -16,6 +17,19 @@ from launch.training import image, vlm
 from launch.training.run import Job
 from launch.training.select import selection
 from launch.training.stage import Data, Stage
+
+_LEAST = {
+    "log": 1,
+    "chunk": 1,
+    "data/threads": 0,
+    "save/every": 0,
+    "validation/every": 0,
+    "validation/steps": 1,
+    "preview/every": 0,
+    "preview/samples": 0,
+    "preview/steps": 1,
+    "preview/tokens": 1,
+}
 
 
 def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
@@ -26,7 +40,10 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
     Raises:
       FileNotFoundError, ValueError: weights or data are not there, or do not fit one another.
     """
+    check(config)
     mesh = build.make_mesh(config.mesh)
+    if mesh is None:
+        parallel.make_mesh(config.mesh.to_dict())  # sizes that one device does not make
     rows = rows_of(config, mesh)
     process = parallel.row_share(mesh, rows)
     length: Mapping[str, int] = (
@@ -37,7 +54,6 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
             "previews need the text encoder and the VAE, which data.features keeps off the "
             "devices; give --config.preview.every=0, or no features"
         )
-    optimizer(config)  # wrong options are told before data is looked at
     shows = config.preview.every > 0 and config.preview.samples > 0
     if config.stage == "image":
         weights = image.find(config)
@@ -68,6 +84,38 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
     elif shows:
         preview = vlm.previews(config, nets, weights, held_out or data, mesh, writes)
     return make_job(config, stage, len(data.steps), mesh), data, held_out, preview
+
+
+def check(config: Any) -> None:
+    """Tell wrong options before anything is looked at.
+
+    Raises:
+      ValueError: a number is too small, or checkpoints are to be kept by a number that never comes.
+    """
+    metrics.check(tuple(config.trackers))
+    optimizer(config)
+    selection(config)
+    given = tree.flatten(config.to_dict())
+    for name, least in _LEAST.items():
+        if given.get(name, least) < least:
+            name, value = name.replace("/", "."), given[name]
+            raise ValueError(f"--config.{name} is {value}; it must be {least} or more")
+    save, every = config.save, config.validation.every
+    Keep(save.last, save.keep_every, save.best, save.metric)
+    if save.best and save.metric not in ("loss", "validation_loss"):
+        raise ValueError(f"save.metric is {save.metric!r}; choose loss or validation_loss")
+    if save.best and save.metric == "validation_loss":
+        if not (config.data.validation and every):
+            raise ValueError(
+                "save.best keeps the checkpoints of the lowest validation_loss, which is not "
+                "measured: give --config.data.validation and --config.validation.every, or "
+                "--config.save.metric=loss"
+            )
+        if save.every % every:
+            raise ValueError(
+                f"save.best needs the validation_loss of every checkpoint: save.every {save.every} "
+                f"must be a multiple of validation.every {every}"
+            )
 
 
 def make_job(config: Any, stage: Stage, steps: int, mesh: Mesh | None) -> Job:

@@ -1,7 +1,10 @@
 """What a run would be, without running it: sizes, sharding, FLOPs, memory, the first batch."""
 
 import dataclasses
+import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +18,7 @@ from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
 from clvr_jax.train.state import abstract
 from conversion.hub import HubError
 from launch import aot, build
-from launch.plan import report, targets
+from launch.plan import memory, report, targets
 from launch.plan.image import Image
 from launch.plan.job import Job as Plan
 from launch.plan.vlm import Text
@@ -23,12 +26,20 @@ from launch.training import compose, image, vlm
 from launch.training.run import Job
 
 
-def show(config: Any, target: str) -> None:
+def show(config: Any, target: str, out: str | None = None) -> None:
     """Print the plan of a config on a target, and the first batch where data and weights are there.
 
+    Args:
+      config: of a stage.
+      target: a name of `launch.plan.targets`.
+      out: JSON file for what compiling for the target found.
+
     Raises:
-      ValueError: the target or an option is unknown, or a pattern matches nothing.
+      ValueError: the target or an option is unknown, a pattern matches nothing, or there is to be
+        a file and nothing is compiled for the target.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan downloads nothing
+    compose.check(config)
     machine = targets.parse(target)
     devices = _topology(machine)
     sizes = targets.mesh_sizes(config.mesh.to_dict(), machine.devices)
@@ -50,11 +61,26 @@ def show(config: Any, target: str) -> None:
         step, length = _largest(data.steps), len(data.steps)
     job = compose.make_job(config, stage, length, None)
     plan = _plan(config, nets, job, machine, sizes, rows, step)
-    compiled = None
+    compiled, size = None, None
     if devices and not config.data.get("features"):
         arrays = stage_of.shapes(config, nets, step)
-        compiled = _compiled(job, devices, sizes, step, arrays)
-    report.show(plan, compiled)
+        try:
+            compiled = _compiled(job, devices, sizes, step, arrays)
+            size = compiled.peak
+        except aot.TooLarge as error:
+            print(f"the compiler: {error}")
+            size = error.size
+    report.show(plan, size)
+    if compiled:
+        print(_exchanged(compiled))
+    if out and compiled is None:
+        raise ValueError(
+            f"--out is for what compiling finds, and nothing was compiled for {machine.name}: that "
+            "takes a TPU slice that the step fits into, libtpu, and encoders on the devices"
+        )
+    if out:
+        text = json.dumps(_report(plan, compiled), indent=2)
+        Path(out).write_text(text + "\n")
     if data is None:
         missing = "--config.data.train is not given" if weights is not None else why
         print(f"the first batch is not shown, and a nominal one was planned for: {missing}")
@@ -132,8 +158,8 @@ def _vlm_sizes(nets: Any) -> Qwen3VLConfig:
     return dataclasses.replace(base, text=nets.language.cfg, vision=nets.vision.cfg)
 
 
-def _compiled(job: Job, devices, sizes, step: Step, arrays) -> int:
-    """Bytes at once of the step, compiled for the target's devices."""
+def _compiled(job: Job, devices, sizes, step: Step, arrays) -> aot.Compiled:
+    """The step, compiled for the target's devices."""
     mesh: Mesh = parallel.make_mesh(sizes, devices)
     job = dataclasses.replace(job, mesh=mesh)
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parallel.row_sharding(mesh))
@@ -152,4 +178,30 @@ def _compiled(job: Job, devices, sizes, step: Step, arrays) -> int:
                 job.abstract(), frozen, jax.tree.map(place, arrays), key, step.static
             )
 
-    return aot.compiled_memory(lower).peak
+    return aot.compiled(lower)
+
+
+def _exchanged(compiled: aot.Compiled) -> str:
+    kinds = ", ".join(f"{count} {kind}" for kind, count in compiled.collectives.items())
+    took = f"compiled in {compiled.seconds:.0f} s"
+    return f"collectives in the program's text: {kinds or 'none'}; {took}"
+
+
+def _report(plan: Plan, compiled: aot.Compiled) -> dict[str, Any]:
+    gib = lambda size: round(size / targets.GIB, 2)
+    return {
+        "command": "python -m launch.train " + " ".join(sys.argv[1:]),
+        "topology": plan.target.topology,
+        "chips": plan.target.devices,
+        "mesh": {axis: size for axis, size in plan.mesh.items() if size > 1},
+        "jax": jax.__version__,
+        "work": f"{plan.work.describe()}, {plan.accumulation} micro-batches a step",
+        "arguments_gib": gib(compiled.arguments),
+        "donated_gib": gib(compiled.donated),
+        "temporary_gib": gib(compiled.temporary),
+        "at_once_gib": gib(compiled.peak),
+        "by_formula_gib": gib(memory.of(plan).total),
+        "limit_gib": gib(plan.target.memory),
+        "collectives": compiled.collectives,
+        "compile_seconds": round(compiled.seconds, 1),
+    }

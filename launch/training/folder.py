@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.checkpoint import delete, saved_steps
 from clvr_jax.tree import flatten
+from conversion import runs
 from launch.bench.machine import environment
 from launch.pictures import write_text
 
@@ -23,13 +25,18 @@ CONFIG, RUN, CHECKPOINTS, PREVIEWS = "config.json", "run.json", "checkpoints", "
 # what may be another on resume: it changes no number that training computes
 FREE = (
     "log",
-    "save",
+    "save/every",
+    "save/last",
+    "save/keep_every",
+    "save/best",
+    "save/metric",
     "validation",
     "preview",
     "trackers",
     "data/threads",
     "data/validation",
     "mesh",
+    "batch/rows",  # of a device: those of all devices are compared with the checkpoint's
     "attention",
     "remat",
     "chunk",
@@ -40,16 +47,27 @@ def prepare(folder: Path, config: Mapping[str, Any], resume: bool, overwrite: bo
     """Decide whether a run may begin, or go on, in a folder. Nothing is written.
 
     Raises:
-      ValueError: both or neither of resume and overwrite suit what is there, or the config differs
-        from the run's in what it computes; names every key.
+      ValueError: both or neither of resume and overwrite suit what is there, the config differs
+        from the run's in what it computes (names every key), or its folder of states has another
+        run's.
     """
     if resume and overwrite:
         raise ValueError("give one of --resume and --overwrite")
-    if not (folder / CONFIG).exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no run; choose another --workdir")
-        return
-    if overwrite:
+    exists, elsewhere = (folder / CONFIG).exists(), config["save"]["folder"]
+    if not exists and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; choose another --workdir")
+    own = exists and read(folder / CONFIG)["save"]["folder"] == elsewhere
+    if elsewhere and not own and saved_steps(elsewhere):
+        raise ValueError(
+            f"--config.save.folder={elsewhere} holds the checkpoints of another run; choose another"
+        )
+    weights = Path(config["weights"]).absolute()
+    if overwrite and folder.absolute() in (weights, *weights.parents):
+        raise ValueError(
+            f"--overwrite would delete the weights {config['weights']} to begin from; choose "
+            "another --workdir"
+        )
+    if not exists or overwrite:
         return
     if not resume:
         raise ValueError(
@@ -82,22 +100,50 @@ def compare(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def pinned(folder: Path, weights: str, resume: bool) -> str:
+    """Return weights as a run is to name them: of another run one checkpoint, whatever comes later.
+
+    A run that is gone on with keeps the checkpoint that it began from.
+
+    Raises:
+      CheckpointError: the other run has no checkpoint.
+    """
+    at = runs.place(Path(weights))
+    if at is None or at.step is not None:
+        return weights
+    if resume and (folder / CONFIG).exists():
+        known = read(folder / CONFIG)["weights"]
+        if Path(known).parent == Path(weights) / runs.CHECKPOINTS:
+            return known
+    return os.fspath(Path(weights) / runs.CHECKPOINTS / str(at.newest()))
+
+
 def begin(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any], overwrite: bool):
     """Write what a run records; the first process calls this.
 
-    A start is added to those before; the rest of the record stays that of the first start.
+    A start is added to those before. Config and record stay those of the first start, unless that
+    has saved nothing.
     """
     if overwrite and (folder / CONFIG).exists():
-        for name in (CHECKPOINTS, PREVIEWS, "tensorboard", "wandb"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (CONFIG, RUN, "metrics.jsonl", "wandb_id.txt"):
-            (folder / name).unlink(missing_ok=True)
+        _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    before = read(folder / RUN) if (folder / RUN).exists() else {**record, "starts": []}
+    before = read(folder / RUN) if (folder / RUN).exists() else {"starts": []}
+    if not saved_steps(config["save"]["folder"] or folder / CHECKPOINTS):
+        before = {**record, "starts": before["starts"]}
+        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     before["starts"].append(start())
     write_text(folder / RUN, json.dumps(before, indent=2) + "\n")
-    if not (folder / CONFIG).exists():
-        write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def _clear(folder: Path) -> None:
+    """Delete a run, its states first, and nothing that it did not make."""
+    if elsewhere := read(folder / CONFIG)["save"]["folder"]:
+        delete(elsewhere)
+    for name in (CHECKPOINTS, PREVIEWS, "tensorboard", "wandb"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for name in ("metrics.jsonl", "wandb_id.txt", RUN, CONFIG):
+        (folder / name).unlink(missing_ok=True)
 
 
 def start() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The image stage: the klein transformer on every picture of trajectories."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -72,7 +73,7 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights | None)
     abstract = build.abstract(nets, "float32")
     transformer = abstract.pop("transformer")
     others = {} if config.data.features else abstract
-    settings = Settings(TimeSampling(**config.times.to_dict()))
+    settings = Settings(times(config))
     distilled = bool(weights and weights.distilled)
 
     def open_all() -> dict[str, Any]:
@@ -94,6 +95,18 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights | None)
             "distilled": distilled,
         },
     )
+
+
+def times(config: Any) -> TimeSampling:
+    """Return at which noise levels the transformer is trained.
+
+    Raises:
+      ValueError: a value is unknown.
+    """
+    given = config.times.to_dict()
+    with contextlib.suppress(ValueError):  # a word or a number, and a config's types are fixed
+        given["shift"] = float(given["shift"])
+    return TimeSampling(**given)
 
 
 def policy(config: Any) -> Policy:
@@ -205,7 +218,11 @@ def precompute(
     made: Any = data.make
     args = (made.source, list(made.samples), made.tokenizer, made.rules)
     work = precomputing.missing(
-        made.features, *args, empty=made.dropout > 0, threads=config.data.threads, part=process
+        made.features,
+        *args,
+        empty=made.dropout > 0,
+        threads=max(config.data.threads, 1),
+        part=process,
     )
     if not work.items:
         return

@@ -21,11 +21,15 @@ from clvr_jax.train.progress import Line
 from clvr_jax.train.state import TrainState, abstract, initialise, shardings
 from clvr_jax.train.step import Settings, compiled, make_step
 from clvr_jax.typing import Params
+from conversion import runs
 from conversion.load import load as load_weights
+from conversion.sources import fingerprint
 from launch import build
 from launch.training import folder
 from launch.training.select import Selection
 from launch.training.stage import Data, Stage
+
+_OTHERS = {"text_encoder": ("layers",)}  # stacked roots of models that are never trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +144,7 @@ def load_others(job: Job, sources: Mapping[str, Any]) -> dict[str, Any]:
     """Read frozen models, and put constants beside them."""
     others: dict[str, Any] = {}
     for name, shapes in job.others().items():
-        stacked = ("layers",) if name == "text_encoder" else ()
+        stacked = _OTHERS.get(name, ())
         others[name] = load_weights(sources[name], shapes, stacked, _places(shapes, job.mesh))
     return {**others, **{name: put(job.mesh, value) for name, value in job.stage.constants.items()}}
 
@@ -274,10 +278,12 @@ def train(
         folder.checkpoints(workdir, config),
         Keep(save.last, save.keep_every, save.best, save.metric),
     )
-    steps = checkpoints.steps() if resume else []
-    if steps:
+    same = {"data": data.fingerprint, "rows": _rows(data), "frozen": _frozen(job)}
+    averages: Mapping[str, Any] = {}
+    if resume and checkpoints.steps():
         start, meta = checkpoints.meta()
-        _same_data(meta, data, workdir)
+        averages = meta["averages"]
+        _compare(meta, same, workdir)
         state, frozen = restore_state(job, checkpoints, start)
         line.say(f"resumed at step {start} of {job.steps}")
     else:
@@ -302,11 +308,12 @@ def train(
                 jax.random.key(config.seed),
                 loop.When(job.steps, config.log, save.every),
                 checkpoints=checkpoints,
-                meta={"data": data.fingerprint, "rows": _rows(data)},
+                meta=same,
                 writers=writers,
                 line=line,
                 hooks=tuple(hooks),
                 peak=peak,
+                averages=averages,
             )
     finally:
         line.end()
@@ -316,12 +323,12 @@ def train(
 
 
 def _record(job: Job, config: Any, data: Data) -> dict[str, Any]:
+    # the states of a run may lie elsewhere
+    local = os.path.exists(config.weights) or runs.place(Path(config.weights)) is not None
     return {
         "stage": job.stage.name,
         "component": job.stage.component,
-        "weights": os.path.abspath(config.weights)
-        if os.path.exists(config.weights)
-        else config.weights,
+        "weights": os.path.abspath(config.weights) if local else config.weights,
         "checkpoints": config.save.folder,
         "data": {"path": data.path, "records": data.records, "fingerprint": data.fingerprint},
         "steps": job.steps,
@@ -329,9 +336,22 @@ def _record(job: Job, config: Any, data: Data) -> dict[str, Any]:
     }
 
 
-def _same_data(meta: Mapping[str, Any], data: Data, workdir: Path) -> None:
-    now = {"data": data.fingerprint, "rows": _rows(data)}
-    said = {"data": "the content of the data", "rows": "rows of a step (accumulation, rows)"}
+def _frozen(job: Job) -> dict[str, str]:
+    """Fingerprints of the weights that a run reads and does not train."""
+    stage, sources = job.stage, job.stage.open()
+    parts = {name: (shapes, _OTHERS.get(name, ())) for name, shapes in stage.others.items()}
+    if tree.flatten(job.frozen_model()):
+        parts[stage.component] = stage.abstract, stage.stacked
+    return {name: fingerprint(sources[name], *part) for name, part in parts.items()}
+
+
+def _compare(meta: Mapping[str, Any], now: Mapping[str, Any], workdir: Path) -> None:
+    """Refuse to go on with what would not be the same run."""
+    said = {
+        "data": "the content of the data",
+        "rows": "the rows of a step (batch.accumulation, batch.rows x mesh.data x mesh.fsdp)",
+        "frozen": "the fingerprint of weights that are not trained",
+    }
     for name, words in said.items():
         if meta[name] != now[name]:
             raise ValueError(

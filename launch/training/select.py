@@ -85,9 +85,16 @@ def selection(config: Any) -> Selection:
     """Return the selection of a config.
 
     Raises:
-      ValueError: the rank is negative.
+      ValueError: a number is negative, or an option would have no effect.
     """
     given = config.lora
+    if given.rank and config.train != ".*":
+        raise ValueError(
+            f"train is {config.train!r} and lora.rank {given.rank}: beside adapters nothing else "
+            "is trained; choose what is adapted with lora.pattern"
+        )
+    if given.alpha and not given.rank:
+        raise ValueError(f"lora.alpha is {given.alpha} without adapters; give lora.rank as well")
     if given.rank < 0 or given.alpha < 0:
         raise ValueError(f"lora.rank {given.rank} and lora.alpha {given.alpha}: not negative")
     return Selection(config.train, given.rank, given.alpha, given.pattern)

@@ -67,7 +67,7 @@ def equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-OPTIONS = ("steps=10", "save.every=5", "log=1", "ema=0.9")
+OPTIONS = ("steps=10", "save.every=5", "log=1", "ema=0.9", "dropout=0.3")
 
 
 def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
@@ -94,6 +94,7 @@ def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
     assert len(starts) == 2 and starts[0]["versions"]["jax"] and starts[0]["devices"] == 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_says_how_to_go_on(folder, tmp_path):
     command = arguments(folder, "image", tmp_path / "run", "steps=100000", "save.every=0", "log=1")
     process = subprocess.Popen(command, cwd=ROOT, env=ENV, stderr=subprocess.PIPE, text=True)

@@ -161,6 +161,7 @@ def test_losses_gradients_and_parameters_are_those_of_one_device(name, sizes):
         assert max(shares) <= 0.5
 
 
+@pytest.mark.slow
 def test_adam_stays_within_what_rounding_can_do():
     """Adam divides a gradient by its own size, so that the sign of a gradient that is nothing but
     rounding decides a whole step: at most 2 lr a step, for few weights."""

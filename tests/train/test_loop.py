@@ -1,9 +1,13 @@
 """The loop: resumed equals uninterrupted, failures lose nothing, numbers are true."""
 
+import importlib.machinery
+import importlib.util
 import io
 import json
 import os
 import signal
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +16,7 @@ import pytest
 
 from clvr_jax.checkpoint import CheckpointError, Checkpoints, Keep
 from clvr_jax.train import loop, optim
-from clvr_jax.train.metrics import FILE, Writers
+from clvr_jax.train.metrics import FILE, Writers, check
 from clvr_jax.train.progress import Line, Window, clock, describe
 from clvr_jax.train.state import create
 from clvr_jax.train.step import Settings, compiled, make_step
@@ -33,6 +37,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", keep or Keep())
         self.tx = optim.make(OPTIM, {"model": toy.params()}, 10)
         self.hooks = ()
+        self.averages = {}
 
     def state(self):
         fresh = create({"model": toy.params()}, self.tx, ema=True)
@@ -40,6 +45,7 @@ class Run:
             return fresh
         step, meta = self.checkpoints.meta()
         assert meta["step"] == step
+        self.averages = meta["averages"]
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             loop.saved(fresh),
@@ -69,6 +75,7 @@ class Run:
                 line=Line(10, out=self.text),
                 hooks=self.hooks,
                 peak=1e6,
+                averages=self.averages,
             )
         finally:
             writers.close()
@@ -118,6 +125,9 @@ def test_sigterm_saves_and_stops(tmp_path, uninterrupted):
     again = Run(tmp_path)
     assert again.checkpoints.steps() == [7]
     equal(again.train(), uninterrupted[0])
+    # with log=2 the line of step 8 averages a step before the end and one behind it
+    told = [(line["step"], line["loss"]) for line in lines(tmp_path)]
+    assert told == [(line["step"], line["loss"]) for line in uninterrupted[1]]
 
 
 def test_not_finite_stops_names_the_step_and_saves_the_good_state(tmp_path, uninterrupted):
@@ -168,6 +178,7 @@ def test_numbers_are_averages_of_their_steps(tmp_path, uninterrupted):
     losses = [line["loss"] for line in lines(folder)]
     pairs = [line["loss"] for line in uninterrupted[1]]
     np.testing.assert_allclose(pairs, np.reshape(losses, (5, 2)).mean(1), rtol=1e-6)
+    assert "rows_per_second" not in losses and "seconds_per_step" not in lines(folder)[0]
     last = uninterrupted[1][-1]
     assert last["rows_per_second"] == pytest.approx(8 / last["seconds_per_step"], rel=1e-6)
     assert last["mfu"] == pytest.approx(100 / last["seconds_per_step"] / 1e6, rel=1e-6)
@@ -186,6 +197,129 @@ def test_hooks_run_before_the_first_step_and_every_so_many(tmp_path):
     assert calls == [(0, 0), (4, 4), (8, 8), (10, 10)]
     assert {line["step"] for line in lines(tmp_path) if "validation_loss" in line} == {0, 4, 8, 10}
     assert "step 4: validation_loss 0.2" in run.text.getvalue()
+
+
+def test_a_failed_save_does_not_cost_the_next_one(tmp_path, monkeypatch):
+    """What the background met is told at the next save, which is made all the same."""
+    run = Run(tmp_path)
+    real, failures = run.checkpoints.wait, ["the disk was full"]
+
+    def wait():
+        real()
+        if failures and run.checkpoints.steps():
+            raise CheckpointError(failures.pop())
+
+    monkeypatch.setattr(run.checkpoints, "wait", wait)
+    run.train()
+    assert "NOT SAVED: the disk was full; training goes on" in run.text.getvalue()
+    assert Run(tmp_path).checkpoints.steps() == [5, 10]
+
+
+def test_data_that_cannot_be_read_ends_the_run_with_its_state_saved(tmp_path, uninterrupted):
+    def batches(i):
+        if i == 7:
+            raise RuntimeError("a.png is gone")
+        return toy.batch(i)
+
+    run = Run(tmp_path)
+    with pytest.raises(RuntimeError, match=r"a\.png is gone"):
+        run.train(batches)
+    assert "the state is saved at step 7" in run.text.getvalue()
+    again = Run(tmp_path)
+    assert again.checkpoints.steps() == [5, 7]
+    equal(again.train(), uninterrupted[0])
+    told = [(line["step"], line["loss"]) for line in lines(tmp_path)]
+    assert told == [(line["step"], line["loss"]) for line in uninterrupted[1]]
+
+
+def test_a_hook_that_fails_ends_the_run_with_its_state_saved(tmp_path):
+    def call(state, step):
+        raise OSError("held_out.png is gone")
+
+    run = Run(tmp_path)
+    run.hooks = (loop.Hook(3, call),)
+    with pytest.raises(OSError, match="held_out"):
+        run.train()
+    assert Run(tmp_path).checkpoints.steps() == [3]
+    before = Run(tmp_path / "before")
+    before.hooks = (loop.Hook(3, call, first=True),)
+    with pytest.raises(OSError, match="held_out"):
+        before.train()
+    assert Run(tmp_path / "before").checkpoints.steps() == []
+
+
+def test_a_measured_number_belongs_to_its_own_step(tmp_path):
+    """Step 10 was not validated: it is not the best by what step 4 measured."""
+    values = {2: 3.0, 4: 1.0, 6: 2.0, 8: 2.0}
+    run = Run(tmp_path, save=1, keep=Keep(last=1, best=1, metric="validation_loss"))
+    call = lambda state, step: {"validation_loss": values[step]} if step in values else {}
+    run.hooks = (loop.Hook(2, call),)
+    run.train()
+    assert Run(tmp_path).checkpoints.steps() == [4, 10]
+
+
+def test_an_interrupted_run_leaves_whole_checkpoints(tmp_path, uninterrupted):
+    def batches(i):
+        if i == 6:
+            raise KeyboardInterrupt
+        return toy.batch(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).train(batches)
+    again = Run(tmp_path)
+    assert again.checkpoints.steps() == [5]
+    equal(again.train(), uninterrupted[0])
+
+
+def test_numbers_that_cannot_be_written_do_not_end_the_run(tmp_path, monkeypatch):
+    def full(self, step, values):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writers, "scalars", full)
+    run = Run(tmp_path)
+    run.train()
+    assert "its numbers are NOT WRITTEN: [Errno 28] No space left" in run.text.getvalue()
+
+
+def test_what_begins_anew_forgets_every_line(tmp_path):
+    (tmp_path / FILE).write_text('{"step": 0, "validation_loss": 1}\n{"step": 2, "loss": 1}\n')
+    Writers(tmp_path, start=0).close()
+    assert lines(tmp_path) == []
+
+
+def test_intervals_that_are_none_are_refused():
+    for options in ({"log": 0}, {"save": -1}):
+        with pytest.raises(ValueError, match="log must be 1 or more, save 0 or more"):
+            loop.When(10, **options)
+
+
+def test_the_first_steps_of_programs_are_no_measurement():
+    window = Window(compile=2.0)
+    values = window.close(1e12)
+    assert values["seconds_compile"] == 2.0 and "seconds_per_step" not in values
+    assert "| compiled (data 0" in describe(1, 10, values)
+
+
+def test_wandb_goes_on_in_the_same_run_with_our_steps(tmp_path, monkeypatch):
+    """Its own steps only grow: a resumed run would lose what it computes a second time."""
+    calls = []
+    run = types.SimpleNamespace(
+        log=lambda values: calls.append(values),
+        define_metric=lambda *args, **options: calls.append((args, options)),
+        finish=lambda: calls.append("finished"),
+    )
+    fake = types.ModuleType("wandb")
+    fake.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    fake.init = lambda **options: calls.append((options["id"], options["resume"])) or run
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for start in (0, 5):
+        writers = Writers(tmp_path, start, ("wandb",))
+        writers.scalars(start + 1, {"loss": 1.0})
+        writers.close()
+    first, second = calls[:4], calls[4:]
+    assert first[0] == second[0] and first[0][1] == "allow"
+    assert first[1] == (("*",), {"step_metric": "step"})
+    assert first[2] == {"step": 1, "loss": 1.0} and second[2] == {"step": 6, "loss": 1.0}
 
 
 def test_the_progress_line():
@@ -219,3 +353,12 @@ def test_a_terminal_has_one_line_that_changes():
     assert out.getvalue().count("\n") == 2 and out.getvalue().count("\r") == 2
     assert Line(10, active=False, out=out).show(3, values) is None
     assert "step 3" not in out.getvalue()
+
+
+def test_trackers_are_checked_before_anything_starts():
+    with pytest.raises(ValueError, match="'comet' is unknown; choose from tensorboard, wandb"):
+        check(("comet",))
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(ValueError, match=r'wandb needs: pip install -e "\.\[wandb\]"'):
+            check(("wandb",))
+    check(())

@@ -83,6 +83,9 @@ def test_wrong_options_are_refused(options, message):
 def test_what_fits_no_training_is_refused():
     with pytest.raises(ValueError, match="warmup is 20 steps, the whole training has 10"):
         optim.schedule(optim.Optim(warmup=20.0), 10)
+    params = {"model": {"visual": {"kernel": jnp.ones(2)}, "language": {"kernel": jnp.ones(2)}}}
+    chosen = optim.Optim("sgd", 0.1, momentum=(0.0, 0.0), groups=(("^visual/", 0.5),))
+    optim.make(chosen, params, 1)  # as `train` names them
     with pytest.raises(ValueError, match="'visual' matches none of a/kernel"):
         chosen = optim.Optim(groups=(("visual", 0.1),))
         optim.make(chosen, {"a": {"kernel": jnp.ones(1)}}, 1)
