@@ -11,7 +11,6 @@ memory and collectives come from the compiled programs, times are not known.
 import json
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 from absl import flags
@@ -48,7 +47,6 @@ _OUT = flags.DEFINE_string("out", None, "JSON file for the report")
 
 # programs that no batch changes
 _ALONE = {("klein", "encode"), *(("qwen3_vl", name) for name in ("look", "prefill", "continue"))}
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
 
 
 def main(argv) -> None:
@@ -107,26 +105,16 @@ def _programs(mesh, size: tuple[int, int], batch: int):
 
 def _compiled(name: str, lower, **labels) -> dict:
     """Compile one program; print and return bytes per chip and collectives."""
-    import time
+    from launch import aot
 
-    lowered = lower()
-    began = time.perf_counter()
-    compiled = lowered.compile()
-    seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    # a loop's body is printed once: these are instructions, not executions; one that is fused with
-    # the arithmetic beside it is printed in pieces that share a channel
-    found = re.findall(
-        rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)", compiled.as_text()
-    )
-    counts = Counter(kind for kind, _ in set(found))
+    found = aot.compiled(lower)
     row = {
         "program": name,
         **labels,
-        "arguments_gib": round(memory.argument_size_in_bytes / 2**30, 2),
-        "temporary_gib": round(memory.temp_size_in_bytes / 2**30, 2),
-        "collectives": {kind: counts[kind] for kind in _COLLECTIVES if counts[kind]},
-        "compile_seconds": round(seconds, 1),
+        "arguments_gib": round(found.arguments / 2**30, 2),
+        "temporary_gib": round(found.temporary / 2**30, 2),
+        "collectives": found.collectives,
+        "compile_seconds": round(found.seconds, 1),
     }
     said = "".join(f", {label} {value}" for label, value in labels.items())
     print(

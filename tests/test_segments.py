@@ -233,6 +233,20 @@ def test_features_of_rows_are_those_that_all_share():
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_cell_a_row_keeps_its_deepstack(parts):
+    """The number of parts is not the number of cells."""
+    params = random_params(language.abstract_params(CFG), seed=0)
+    ids = jnp.asarray([[5, 6, 7]], jnp.int32)
+    places = jnp.asarray([[-1, 0, -1]], jnp.int32)
+    features = normal(1, parts, CFG.width, seed=1)
+    model = language.LanguageModel(CFG)
+    run = lambda given: model.apply(
+        {"params": params}, ids, jnp.arange(3)[None], features=given, places=places
+    )[0]
+    np.testing.assert_allclose(run(features[None]), run(features), rtol=1e-6, atol=1e-6)
+
+
 def test_segments_are_of_rows_without_a_cache():
     params = model_params()
     ids = jnp.zeros((1, 4), jnp.int32)

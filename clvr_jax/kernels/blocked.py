@@ -31,7 +31,7 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None
     wide = jnp.promote_types(q.dtype, jnp.float32)
     places = jnp.arange(k.shape[1])
     # the blocks' gradients of keys and values add up in float32, whatever the operands' type
-    k_sum, v_sum = (einops.rearrange(x.astype(wide), "b m g k -> (b g) m k") for x in (k, v))
+    k_sum, v_sum = (einops.rearrange(x.astype(wide), "b m g k -> (b g) k m") for x in (k, v))
     padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
     queries = einops.rearrange(padded, "b (n l) (g r) k -> n (b g) (r l) k", n=blocks, g=groups)
     real = None if lengths is None else jnp.repeat(lengths, groups)
@@ -45,7 +45,7 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None
         query_ids = einops.rearrange(ids, "bg (n l) -> n bg l", n=blocks)
 
     def head(index, part, ids, keys, values, count, start, segment):
-        scores = jnp.matmul(part, keys.astype(k.dtype).T, preferred_element_type=wide)
+        scores = jnp.matmul(part, keys.astype(k.dtype), preferred_element_type=wide)
         scores = scores * width**-0.5
         if count is not None:
             scores = jnp.where(places < count, scores, -jnp.inf)
@@ -59,7 +59,7 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = jnp.matmul(
-            weights.astype(v.dtype), values.astype(v.dtype), preferred_element_type=wide
+            weights.astype(v.dtype), values.astype(v.dtype).T, preferred_element_type=wide
         )
         return (out / total).astype(q.dtype), (jnp.log(total) + top)[:, 0]
 

@@ -1,7 +1,10 @@
 """Programs lowered from shapes and shardings alone, also for TPUs that are not there."""
 
+import collections
 import contextlib
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,20 +35,36 @@ def whole(tree, mesh: Mesh):
     return jax.tree.map(shape, tree)
 
 
-class Temporaries(NamedTuple):
-    """Bytes of one device that a compiled program takes.
+class TooLarge(ValueError):
+    """A program needs more memory than a device has.
 
     Attributes:
-      arguments: of its inputs.
-      outputs: of its results, those in the place of donated inputs included.
-      donated: of the results that lie in the place of inputs.
-      temporary: of everything between.
+      size: bytes that it needs, as the compiler counts them.
+    """
+
+    def __init__(self, message: str, size: int):
+        super().__init__(message)
+        self.size = size
+
+
+class Compiled(NamedTuple):
+    """What a compiled program takes of one device.
+
+    Attributes:
+      arguments: bytes of its inputs.
+      outputs: bytes of its results, those in the place of donated inputs included.
+      donated: bytes of the results that lie in the place of inputs.
+      temporary: bytes of everything between.
+      collectives: instructions by kind. A loop's body is printed once: these are no executions.
+      seconds: that compiling took.
     """
 
     arguments: int
     outputs: int
     donated: int
     temporary: int
+    collectives: dict[str, int]
+    seconds: float
 
     @property
     def peak(self) -> int:
@@ -82,18 +101,42 @@ def as_if_on(platform: str) -> Iterator[None]:
         yield
 
 
-def compiled_memory(lower: Callable[[], Any]) -> Temporaries:
-    """Return what a program takes of one device, compiled for the devices of its arguments.
+def compiled(lower: Callable[[], Any]) -> Compiled:
+    """Compile a program for the devices of its arguments.
 
     Args:
       lower: returns the lowered program, e.g. `lambda: step.lower(*shapes_with_shardings)`; runs
         as if on the platform of `topology`.
+
+    Raises:
+      TooLarge: the compiler says that it does not fit into a device's memory.
     """
     with as_if_on("tpu"):
-        found = lower().compile().memory_analysis()
-    return Temporaries(
-        found.argument_size_in_bytes,
-        found.output_size_in_bytes,
-        found.alias_size_in_bytes,
-        found.temp_size_in_bytes,
+        lowered = lower()
+        began = time.perf_counter()
+        try:
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            said = str(error).split("\n", 1)[0]
+            size = re.search(r"\(([\d.]+)G\) exceeds", said)
+            if size is None:
+                raise
+            raise TooLarge(said, int(float(size[1]) * 2**30)) from error
+        seconds = time.perf_counter() - began
+    memory = program.memory_analysis()
+    return Compiled(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        _collectives(program.as_text()),
+        seconds,
     )
+
+
+def _collectives(text: str) -> dict[str, int]:
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+    # one that is fused with the arithmetic beside it is printed in pieces that share a channel
+    found = re.findall(rf" ({'|'.join(kinds)})(?:-start)?\(.*?channel_id=(\d+)", text)
+    counts = collections.Counter(kind for kind, _ in set(found))
+    return {kind: counts[kind] for kind in kinds if counts[kind]}

@@ -98,7 +98,7 @@ def of(job: Job, compiled: int | None = None) -> Memory:
 
     Args:
       job: see `Job`.
-      compiled: bytes at once of the compiled step (`launch.aot.compiled_memory(...).peak`); then
+      compiled: bytes at once of the compiled step (`launch.aot.compiled(...).peak`); then
         no formula is needed.
     """
     estimated = () if compiled else tuple(job.work.activations(job, job.ways))

@@ -81,6 +81,7 @@ def test_the_formulas_are_what_a_layer_keeps(remat):
         assert found == pytest.approx(stated, rel=5e-3), (found, stated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_xla_keeps_what_the_formula_says(remat):
     """Compiled here for a CPU, float32: temporaries grow with depth as stated, within 5 %."""

@@ -117,6 +117,8 @@ class PositionTable(nn.Module):
     def __call__(self, taps: Int[Array, "b p 4"], weights: Float[Array, "b p 4"]):
         shape = (self.cfg.positions, self.cfg.width)
         table = self.param("embedding", nn.initializers.normal(1.0), shape)
+        # a few MB; spread by columns, what every device looks up would be exchanged instead
+        table = constrain(table, None, None)
         rows = jnp.take(table, taps, axis=0).astype(jnp.float32)
         return jnp.sum(rows * weights[..., None], axis=2)
 
@@ -181,10 +183,12 @@ class Merger(nn.Module):
     def __call__(self, carry, x: Float[Array, "b p d"]):
         join = lambda h: einops.rearrange(h, "b (n cell) d -> b n (cell d)", cell=self.cfg.cell)
         norm = LayerNorm(VISION_EPS, name="norm")
-        x = norm(join(x)) if self.joined_norm else join(norm(x))
+        # said here as well, or XLA gathers the cells of all images rather than the kernels
+        x = constrain(norm(join(x)) if self.joined_norm else join(norm(x)), "batch", "tokens", None)
         h = Linear(x.shape[-1], bias=True, name="linear_fc1")(x)
-        h = nn.gelu(h, approximate=False)
-        return carry, Linear(self.cfg.out_width, bias=True, name="linear_fc2")(h)
+        h = constrain(nn.gelu(h, approximate=False), "batch", "tokens", "mlp")
+        out = Linear(self.cfg.out_width, bias=True, name="linear_fc2")(h)
+        return carry, constrain(out, "batch", "tokens", None)
 
 
 def angles(rows: Int[Array, "b p 2"], cfg: VisionConfig) -> Float[Array, "b p half"]:
