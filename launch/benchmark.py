@@ -2,6 +2,8 @@
 
 python -m launch.benchmark image --model=klein_4b
 python -m launch.benchmark text --model=qwen3_vl_8b
+python -m launch.benchmark train_image --model=klein_4b --lora=64 --features=precomputed
+python -m launch.benchmark train_vlm --model=qwen3_vl_8b --lora=64 --dry_run=h200x1
 """
 
 import argparse
@@ -15,6 +17,8 @@ def main(argv: list[str] | None = None) -> int:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     _image_options(subjects.add_parser("image", help="prompt and references to pixels"))
     _text_options(subjects.add_parser("text", help="a vision-language model: look, read, write"))
+    _train_image_options(subjects.add_parser("train_image", help="steps of the image stage"))
+    _train_vlm_options(subjects.add_parser("train_vlm", help="steps of the VLM stage"))
     options = parser.parse_args(argv)
     from launch.runtime import readable_errors
 
@@ -22,8 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     if options.peer:  # two frameworks share the memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    run = {"image": _image, "text": _text}.get(options.subject, _train)
     with readable_errors():
-        return _image(options) if options.subject == "image" else _text(options)
+        return run(options)
 
 
 def _image_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +71,67 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="CPU cores for both sides (default: all that are allowed)")
     add("--repeat", type=int, default=10, help="timed calls of every part")
     add("--out", metavar="FILE.json", help="result file")
+
+
+def _train_image_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="klein_4b", choices=("klein_4b", "klein_9b", "mid", "toy"))
+    add("--size", type=_size, metavar="HxW", help="pixels; 1024x1024, mid 256x256, toy 64x64")
+    add("--references", type=int, default=0, choices=range(9), help="of the size of the picture")
+    add("--text_tokens", type=int, default=512, help="text length, padding included")
+    add(
+        "--features",
+        choices=("fly", "precomputed"),
+        help="text features and latents; made on the fly, unless beside a peer, which has no "
+        "encoders",
+    )
+    _train_options(parser, "diffusers")
+
+
+def _train_vlm_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    models = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b", "mid", "toy")
+    add("--model", default="qwen3_vl_8b", choices=models)
+    add("--tokens", type=int, help="of a row, pictures included; 4096, mid 1024, toy 128")
+    add("--images", type=int, default=1, choices=(0, 1, 2, 4, 8, 16), help="pictures of a row")
+    add("--picture", type=int, help="edge in pixels; 1024, mid 256, toy 64")
+    add("--train", default=".*", help="pattern of what is trained; ^language/ freezes the tower")
+    _train_options(parser, "transformers")
+
+
+def _train_options(parser: argparse.ArgumentParser, peer: str) -> None:
+    add = parser.add_argument
+    add("--lora", type=int, default=0, metavar="RANK", help="of adapters; 0: full fine-tuning")
+    add("--rows", type=int, default=1, help="of a micro-batch, per device along data and fsdp")
+    add("--accumulation", type=int, default=1, help="micro-batches of a step")
+    add("--precision", default="mixed", choices=("float32", "mixed", "bfloat16"))
+    add("--moments", default="float32", choices=("float32", "bfloat16"), help="AdamW's")
+    add("--remat", default="full", choices=("none", "full", "attention", "dots"))
+    add("--mesh", type=_mesh, default="fsdp=-1", metavar="AXIS=SIZE,...", help="several devices")
+    add("--peer", choices=(peer,), help="measure it in turns with ours, on one device")
+    add(
+        "--apart",
+        action="store_true",
+        help="the peer after us instead, each with all of the memory",
+    )
+    add("--threads", type=int, help="CPU cores for both sides (default: all that are allowed)")
+    add("--repeat", type=int, default=10, help="timed steps")
+    add(
+        "--loop_steps",
+        type=int,
+        default=10,
+        help="steps alone and in the training loop, three times each, to see what the loop adds",
+    )
+    add("--dry_run", metavar="TARGET", help="trace for h200x1, v5e-8, ...; nothing is run")
+    add("--out", metavar="FILE.json", help="result file")
+
+
+def _mesh(text: str) -> dict[str, int]:
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {axis: int(size) for axis, size in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not AXIS=SIZE,..., e.g. fsdp=4") from None
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -125,6 +191,47 @@ def _text(options: argparse.Namespace) -> int:
     measured = text.run(case, options.repeat, options.peer is not None, options.threads)
     report = {"environment": environment, **measured}
     text.show(report)
+    _write(options.out, report)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from launch.bench import machine, train, train_table
+    from launch.bench.train_jobs import FLY, PRECOMPUTED, Case
+
+    scale = {"toy": 0, "mid": 1}.get(options.model, 2)
+    fields = {
+        name: getattr(options, name)
+        for name in ("model", "lora", "rows", "accumulation", "precision", "moments", "remat")
+    }
+    if options.subject == "train_image":
+        fields |= {
+            "subject": "image",
+            "size": options.size or ((64,) * 2, (256,) * 2, (1024,) * 2)[scale],
+            "references": options.references,
+            "text_tokens": options.text_tokens,
+            "features": options.features or (PRECOMPUTED if options.peer else FLY),
+        }
+    else:
+        fields |= {
+            "subject": "vlm",
+            "tokens": options.tokens or (128, 1024, 4096)[scale],
+            "pictures": options.images,
+            "picture": options.picture or (64, 256, 1024)[scale],
+            "train": options.train,
+        }
+    case = Case(mesh=options.mesh, **fields)
+    if options.dry_run:
+        plan = train.trace(case, options.dry_run)
+        train_table.show_plan(plan)
+        _write(options.out, plan)
+        return 0
+    environment = machine.environment("launch.benchmark")
+    measured = train.run(
+        case, options.repeat, options.loop_steps, options.peer is not None, options.apart
+    )
+    report = {"environment": environment, **measured}
+    train_table.show(report)
     _write(options.out, report)
     return 0
 
