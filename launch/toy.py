@@ -1,9 +1,10 @@
-"""Write a random toy klein or Qwen3-VL, to try every command without weights.
+"""Write a random toy klein or Qwen3-VL, or toy trajectories, to try every command without weights.
 
-  python -m launch.toy OUT [--model=klein|vlm] [--seed=0]
+  python -m launch.toy OUT [--model=klein|vlm|trajectories] [--seed=0]
 
-The folder has the shape of a released one at toy width, and diffusers or transformers loads it.
-Its weights are random: its pictures are noise and its words are gibberish by nature.
+A model's folder has the shape of a released one at toy width, and diffusers or transformers loads
+it. Its weights are random: its pictures are noise and its words are gibberish by nature.
+Trajectories are pictures of 64 x 64 pixels to which every step adds a coloured shape.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from absl import app, flags
 from launch.runtime import run
 
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights")
-_MODEL = flags.DEFINE_enum("model", "klein", ["klein", "vlm"], "what to write")
+_MODEL = flags.DEFINE_enum("model", "klein", ["klein", "vlm", "trajectories"], "what to write")
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 SEEING = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
@@ -72,8 +73,25 @@ def main(argv) -> None:
     """Write the folder that the command line names."""
     if len(argv) != 2:
         raise app.UsageError("give one folder to write: python -m launch.toy OUT")
-    (write if _MODEL.value == "klein" else write_vlm)(Path(argv[1]), _SEED.value)
+    made = {"klein": write, "vlm": write_vlm, "trajectories": write_trajectories}
+    made[_MODEL.value](Path(argv[1]), _SEED.value)
     print(argv[1])
+
+
+def write_trajectories(out: Path, seed: int = 0) -> None:
+    """Write 32 trajectories of one to three steps, aside and then renamed.
+
+    Raises:
+      FileExistsError: `out` exists.
+    """
+    from launch.toy_data import make
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    make(partial, count=32, steps=(1, 2, 3), size=(64, 64), seed=seed)
+    os.replace(partial, out)
 
 
 def write(out: Path, seed: int = 0) -> None:

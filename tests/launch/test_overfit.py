@@ -47,8 +47,10 @@ def test_a_toy_transformer_draws_each_of_eight_samples(folder, tmp_path):
         "image",
         workdir,
         f"data.features={tmp_path}/features",
+        "condition.text=instruction",
+        "condition.buckets=(128,)",
         "batch.rows=4",
-        "steps=6000",
+        "steps=4000",
         "log=500",
         "save.every=0",
         "optim.learning_rate=0.003",
@@ -56,21 +58,21 @@ def test_a_toy_transformer_draws_each_of_eight_samples(folder, tmp_path):
         "optim.warmup=100",
         "optim.weight_decay=0.0",
     )
-    from clvr_jax.data.conditioning import condition
+    from clvr_jax.data.conditioning import Policy, condition
     from clvr_jax.data.images import read_image
     from clvr_jax.data.sources import open_source
     from clvr_jax.generate import image as generation
     from clvr_jax.generate.references import prepare
     from launch import build
-    from launch.training import image as stage
 
+    policy = Policy(text="instruction", buckets=(128,))
     model = build.load_image_model(build.inspect_weights(str(workdir)), dtype=jnp.float32)
     nets, found = model.networks, []
     for trajectory in open_source(folder / "data" / "trajectories.jsonl"):
         pictures = [prepare(read_image(step.image), 16) for step in trajectory.steps]
         for index, target in enumerate(pictures):
-            given = condition(trajectory, index, stage.Policy())
-            settings = generation.Settings(64, 64, steps=40)
+            given = condition(trajectory, index, policy)
+            settings = generation.Settings(64, 64, steps=40, text_tokens=128)
             references = [pictures[i] for i in given.references]
             drawn = generation.generate(model, [given.text], references, [7], settings)[0, 0]
             latents = generation.encode_image(nets, model.params["vae"], target[None], jnp.float32)
@@ -83,10 +85,9 @@ def test_a_toy_transformer_draws_each_of_eight_samples(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_toy_vlm_says_eight_conversations_by_heart(tmp_path_factory, tmp_path):
-    from clvr_jax.backends.protocol import Image, Options, user  # noqa: F401
+    from clvr_jax.backends.protocol import Options, user
     from clvr_jax.data.sources import open_source
     from launch import build_vlm, toy
-    from launch.training import vlm as stage  # noqa: F401
 
     place = tmp_path_factory.mktemp("vlm")
     toy.write_vlm(place / "vlm")
