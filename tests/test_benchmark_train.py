@@ -91,6 +91,7 @@ def test_other_work_is_no_peer():
     train.require_same(dataclasses.replace(VLM, lora=2), ours, other)
 
 
+@pytest.mark.slow
 def test_training_on_pictures_is_reported(tmp_path, capsys, one_device):
     out = tmp_path / "train.json"
     flags = ["--size=32x48", "--text_tokens=16", "--references=1", "--precision=float32"]

@@ -65,6 +65,7 @@ def same_on(sizes, run, params, *given, tolerance=1e-5):
     ],
     ids=["full", "references"],
 )
+@pytest.mark.slow
 def test_klein(layout, sizes):
     net = transformer.Transformer(KLEIN)
     params = random_params(

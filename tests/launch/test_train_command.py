@@ -108,6 +108,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder, tmp_path):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_another_config_data_or_folder_is_refused(folder, tmp_path):
     workdir = tmp_path / "run"
     run(arguments(folder, "image", workdir, "steps=1"))

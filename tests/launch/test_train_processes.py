@@ -158,6 +158,7 @@ def test_another_number_of_rows_is_refused_by_name(folder, together, tmp_path):
     assert "batch.rows x mesh.data x mesh.fsdp) was [1, 2] and is [1, 3]" in told
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_and_ends_both(folder, alone, tmp_path):
     workdir = tmp_path / "run"
     processes = begin(command(folder, workdir, "steps=100000", "save.every=0"), 2)
