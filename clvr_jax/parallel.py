@@ -48,9 +48,18 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"visual/merger/linear_fc2/kernel$", P("tensor", "fsdp")),
     (r"visual/patch_embed/kernel$", P(None, None, None, None, "fsdp")),
     (r"visual/pos_embed/embedding$", P(None, "fsdp")),
-    # the VAE is small; adapters and norms are smaller
+    # the VAE is small, norms are smaller
     (r"^(encoder|decoder|quant_conv|post_quant_conv|bn)/", P()),
-    (r"/(a|b|scale|bias)$", P()),
+    (r"/(scale|bias)$", P()),
+    (r"visual/patch_embed/[ab]$", P()),
+    # adapters: a is (layer, i, r), b is (layer, r, *out), without the layer outside of stacks
+    (r"(blocks|layers|deepstack_merger_list)/.*/a$", P(None, "fsdp", None)),
+    (r"/a$", P("fsdp", None)),
+    (r"blocks/.*qkv/b$", P(None, None, None, None, "fsdp")),
+    (r"(blocks/.*mlp_in|layers/self_attn/[qkv]_proj)/b$", P(None, None, None, "fsdp")),
+    (r"(blocks|layers|deepstack_merger_list)/.*/b$", P(None, None, "fsdp")),
+    (r"(modulation\w*/lin|adaLN_modulation)/b$", P(None, None, "fsdp")),
+    (r"/b$", P(None, "fsdp")),
 )
 
 # what the dimensions of activations are spread over

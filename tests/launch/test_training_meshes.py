@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clvr_jax import lora
 from clvr_jax.data.packing import Shape
 from clvr_jax.generate.image import Networks
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS, VAE_VARIANTS
@@ -17,7 +18,7 @@ from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3.config import VARIANTS as QWEN3
 from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.models.qwen3_vl.model import abstract_params as abstract_vlm
-from clvr_jax.parallel import make_mesh
+from clvr_jax.parallel import make_mesh, shardings
 from clvr_jax.sft.image import loss as image_loss
 from clvr_jax.sft.vlm import batches as vlm_batches
 from clvr_jax.sft.vlm import loss as vlm_loss
@@ -103,9 +104,9 @@ def case(name):
     return CASES[name]()
 
 
-def run(name, mesh, optimizer, accumulation=1):
+def run(name, mesh, optimizer, accumulation=1, rank=0):
     """Losses and gradient norms of every step, and the parameters after each of them."""
-    selection = Selection()
+    selection = Selection(rank=rank, adapted="kernel$")
     loss, shapes, stacked, constants, batch, static = case(name)
     stage = Stage(name, "x", shapes, stacked, {}, loss, dict, {}, {})
     job = Job(stage, selection, Settings("float32"), optimizer, STEPS, mesh)
@@ -173,3 +174,28 @@ def test_adam_stays_within_what_rounding_can_do():
         errors = np.concatenate([np.abs(ours[path] - theirs[path]).ravel() for path in theirs])
         assert errors.max() <= 2.1 * ADAM.learning_rate * step
         assert errors.mean() < 2e-3 * ADAM.learning_rate
+
+
+def test_adapters_are_spread():
+    """Of both models, at sizes that the axes divide; and in an order that matches their shapes."""
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    for name in CASES:
+        _, shapes, stacked, *_ = case(name)
+        adapters = jax.eval_shape(
+            lambda shapes, stacked=stacked: lora.init(KEY, shapes, "kernel$", 8, stacked), shapes
+        )
+        for path, place_of in flatten(shardings(adapters, mesh)).items():
+            leaf = flatten(adapters)[path]
+            share = np.prod(place_of.shard_shape(leaf.shape)) / np.prod(leaf.shape)
+            # the two that no `Linear` uses, and widths that four devices do not divide
+            odd = "patch_embed" in path or max(leaf.shape) % 4 or leaf.shape[-1] % 4
+            assert share == 1 / 4 or odd, (path, leaf.shape, place_of.spec)
+
+
+@pytest.mark.slow
+def test_adapters_train_as_on_one_device():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    told, after, _ = run("image", mesh, SGD, rank=8)
+    expected, exact, _ = run("image", None, SGD, rank=8)
+    np.testing.assert_allclose(told, expected, rtol=1e-5)
+    assert max(apart(after[-1], exact[-1]).values()) < 1e-5
