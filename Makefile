@@ -19,7 +19,7 @@ demo: $(VENV)/.run
 
 # lint, import order, unit tests on 8 simulated devices with shape checks, parity with PyTorch
 test: $(VENV)/.dev lint
-	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --jaxtyping-packages=clvr_jax,beartype.beartype -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --jaxtyping-packages=clvr_jax,beartype.beartype -m "not slow"
 
 # full-size and long checks: about 25 GB of free disk
 test-slow: $(VENV)/.dev

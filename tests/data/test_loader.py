@@ -70,7 +70,7 @@ def test_closing_ends_the_threads_soon():
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # threads of earlier tests may end meanwhile
     assert len(made) < 10  # and nothing was read far ahead
 
 

@@ -65,6 +65,7 @@ def vision_kept(remat: str, patches: int):
     return kept(lambda params: model.apply({"params": params}, pixels, places), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["none", "full", "attention", "dots"])
 def test_the_formulas_are_what_a_layer_keeps(remat):
     """At real widths, by shapes alone. Norms' statistics are what is a few thousandths beyond."""
