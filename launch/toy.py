@@ -7,10 +7,12 @@ it. Its weights are random: its pictures are noise and its words are gibberish b
 Trajectories are pictures of 64 x 64 pixels to which every step adds a coloured shape.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,12 +88,8 @@ def write_trajectories(out: Path, seed: int = 0) -> None:
     """
     from launch.toy_data import make
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    make(partial, count=32, steps=(1, 2, 3), size=(64, 64), seed=seed)
-    os.replace(partial, out)
+    with _aside(out) as partial:
+        make(partial, count=32, steps=(1, 2, 3), size=(64, 64), seed=seed)
 
 
 def write(out: Path, seed: int = 0) -> None:
@@ -104,26 +102,24 @@ def write(out: Path, seed: int = 0) -> None:
     from conversion.sinks import write_mapped
     from conversion.sources import TreeSource
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, (config, tree) in random_weights(seed).items():
-        component = Component(name, "diffusers", partial / name, config)
-        (partial / name).mkdir(parents=True)
-        (partial / name / "config.json").write_text(component.config_text())
-        write_mapped(
-            partial / name,
-            TreeSource(tree),
-            component.table("diffusers"),
-            component.abstract(),
-            stem=KINDS[name].stem,
+    with _aside(out) as partial:
+        for name, (config, tree) in random_weights(seed).items():
+            component = Component(name, "diffusers", partial / name, config)
+            (partial / name).mkdir(parents=True)
+            (partial / name / "config.json").write_text(component.config_text())
+            write_mapped(
+                partial / name,
+                TreeSource(tree),
+                component.table("diffusers"),
+                component.abstract(),
+                stem=KINDS[name].stem,
+            )
+        (partial / "scheduler").mkdir()
+        (partial / "scheduler" / "scheduler_config.json").write_text(
+            json.dumps(SCHEDULER, indent=2)
         )
-    (partial / "scheduler").mkdir()
-    (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2))
-    (partial / "model_index.json").write_text(json.dumps(INDEX, indent=2))
-    byte_tokenizer().save_pretrained(partial / "tokenizer")
-    os.replace(partial, out)
+        (partial / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+        byte_tokenizer().save_pretrained(partial / "tokenizer")
 
 
 def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
@@ -146,10 +142,6 @@ def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
     from conversion.sinks import write_mapped
     from conversion.sources import TreeSource
 
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE)
     special = lambda token: tokenizer.convert_tokens_to_ids(token)
     tiny = config.VARIANTS["tiny"]
@@ -171,21 +163,32 @@ def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
             for path, leaf in flatten(abstract_params(cfg)).items()
         }
     )
-    component = Component("vlm", "diffusers", partial, cfg)
-    partial.mkdir(parents=True)
-    (partial / "config.json").write_text(component.config_text())
-    (partial / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
-    stops = [special("<|im_end|>"), special("<|endoftext|>")]
-    generation = {"do_sample": True, "temperature": 0.7, "eos_token_id": stops}
-    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    write_mapped(
-        partial,
-        TreeSource(tree),
-        component.table("diffusers"),
-        component.abstract(),
-        stem=component.kind.stem,
-    )
-    tokenizer.save_pretrained(partial)
+    with _aside(out) as partial:
+        component = Component("vlm", "diffusers", partial, cfg)
+        partial.mkdir(parents=True)
+        (partial / "config.json").write_text(component.config_text())
+        (partial / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
+        stops = [special("<|im_end|>"), special("<|endoftext|>")]
+        generation = {"do_sample": True, "temperature": 0.7, "eos_token_id": stops}
+        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
+        write_mapped(
+            partial,
+            TreeSource(tree),
+            component.table("diffusers"),
+            component.abstract(),
+            stem=component.kind.stem,
+        )
+        tokenizer.save_pretrained(partial)
+
+
+@contextlib.contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """Give a temporary sibling to write, which becomes `out` when all went well."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists; choose another folder or remove it")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
     os.replace(partial, out)
 
 

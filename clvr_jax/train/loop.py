@@ -134,11 +134,11 @@ def train(
                 raise
             state, out, timed = run.step(step, state, frozen, batch, key)
             done += 1
-            run.report(run.pending, state)
+            run.report(state)
             run.pending = (done, batch, out, timed)
             for hook in hooks:
                 if hook.every and (done % hook.every == 0 or done == when.steps):
-                    run.report(run.pending, state)
+                    run.report(state)
                     run.call(hook, state, done)
             if _must_end(ended, done):
                 run.save(state, done, final=True)
@@ -182,12 +182,11 @@ class _Run:
             self.line.say(f"compiled and ran {batch.static} in {spent:.1f} s")
         return state, out, timed
 
-    def report(self, pending, state) -> None:
-        """Wait for a step's numbers; write a line where one is due."""
-        if pending is None:
+    def report(self, state) -> None:
+        """Wait for the numbers of the step that waits; write a line where one is due."""
+        if self.pending is None:
             return
-        self.pending = None
-        done, batch, out, timed = pending
+        (done, batch, out, timed), self.pending = self.pending, None
         if not bool(out["finite"]):
             self._stop(done, out, state)
         self.averages.add(jax.device_get(out["metrics"]))
@@ -228,7 +227,7 @@ class _Run:
 
     def save(self, state: TrainState, done: int, final: bool = False) -> None:
         """Begin a save; a failed one is told, and ends the run only if it is the last."""
-        self.report(self.pending, state)
+        self.report(state)
         began = time.perf_counter()
         try:
             self.checkpoints.wait()
@@ -264,7 +263,6 @@ class _Run:
         text = f"step {done}: loss {loss}, not finite: {parts}. The update was not applied"
         at = int(state.step)
         try:
-            self.pending = None
             self.checkpoints.save(at, saved(state), self._meta(at))
             self.checkpoints.wait()
             text += f", and the state is saved as step {at}"

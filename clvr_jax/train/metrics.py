@@ -6,9 +6,11 @@ checkpoint it resumes from is dropped.
 """
 
 import importlib.util
+import io
 import json
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -155,8 +157,6 @@ class _TensorBoard:
         self._add(step, [self._summary.Value(tag=name, image=encoded)])
 
     def _add(self, step: int, entries: list[Any]) -> None:
-        import time
-
         summary = self._summary(value=entries)
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
@@ -193,8 +193,6 @@ class _Wandb:
 
 
 def _png(image: np.ndarray) -> bytes:
-    import io
-
     from PIL import Image
 
     out = io.BytesIO()

@@ -28,6 +28,11 @@ class TrainState:
     opt_state: Any
     ema: Any = None
 
+    @property
+    def averaged(self) -> Any:
+        """The moving average where there is one, else the parameters."""
+        return self.params if self.ema is None else self.ema
+
 
 def create(params: Params, tx: optax.GradientTransformation, ema: bool = False) -> TrainState:
     """Return the state before the first step; the optimiser's begins in float32."""

@@ -47,6 +47,10 @@ class Settings:
         """Type in which networks run, and of frozen parameters."""
         return jnp.float32 if self.precision == "float32" else jnp.bfloat16
 
+    def cast(self, params: Params) -> Params:
+        """Return parameters in the type in which networks run."""
+        return jax.tree.map(lambda x: x.astype(self.compute_dtype), params)
+
     @property
     def param_dtype(self) -> Any:
         """Type in which trained parameters are kept."""
@@ -81,19 +85,15 @@ def make_step(
     """
 
     def micro(compute, frozen, batch, key, static):
-        whole = {**tree.flatten(frozen["model"]), **tree.flatten(compute.get("model", {}))}
-        params = tree.unflatten(whole)
-        total, weight, aux = loss(
-            params, compute.get("lora", {}), frozen["others"], batch, key, static
-        )
+        params, adapters = joined(compute, frozen["model"])
+        total, weight, aux = loss(params, adapters, frozen["others"], batch, key, static)
         return total.astype(jnp.float32), (weight.astype(jnp.float32), dict(aux))
 
     gradient = jax.value_and_grad(micro, has_aux=True)
 
     def train_step(state, frozen, batch, key, static):
         key = jax.random.fold_in(key, state.step)
-        compute = jax.tree.map(lambda x: x.astype(settings.compute_dtype), state.params)
-        weights = compute, frozen
+        weights = settings.cast(state.params), frozen
         part = lambda weights, batch, key: gradient(*weights, batch, key, static)
         total, weight, aux, grads = _accumulate(part, weights, batch, key, places)
         share = 1 / jnp.maximum(weight, 1e-9)
@@ -128,6 +128,17 @@ def make_step(
         return state, {"finite": finite, "norms": norms, "metrics": metrics}
 
     return train_step
+
+
+def joined(trained: Params, frozen: Params) -> tuple[Params, Params]:
+    """Return (all parameters of the model, its adapters or {}).
+
+    Args:
+      trained: as `TrainState.params`.
+      frozen: the model's other parameters.
+    """
+    whole = {**tree.flatten(frozen), **tree.flatten(trained.get("model", {}))}
+    return tree.unflatten(whole), trained.get("lora", {})
 
 
 def _accumulate(gradient, weights, batch: Batch, key: PRNGKey, places):

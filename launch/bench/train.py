@@ -18,7 +18,6 @@ from clvr_jax.data.loader import load
 from clvr_jax.train import loop
 from clvr_jax.train.metrics import Writers
 from clvr_jax.train.progress import Line
-from clvr_jax.train.state import initialise
 from clvr_jax.typing import Params
 from launch import build
 from launch.bench import machine, train_jobs
@@ -48,17 +47,7 @@ class Ours:
     def __init__(self, work: Work, params: Params):
         job = work.job
         self.work, self.key = work, jax.random.key(SEED)
-        split = lambda params: job.selection.state_params(
-            params, job.stage.stacked, jax.random.key(SEED), job.settings.param_dtype
-        )
-        if job.selection.rank:
-            trained, fixed = (
-                jax.jit(lambda: split(job.typed())[0], out_shardings=job.places())(),
-                params,
-            )
-        else:
-            trained, fixed = split(params)
-        self.state = initialise(trained, job.tx(), False, job.places())
+        self.state, fixed = job.begin(params, SEED)
         self.frozen = {"model": fixed, "others": train_jobs.others(job)}
         self.batch = running.place(job.mesh, work.arrays, work.step)
         began = time.perf_counter()

@@ -34,7 +34,7 @@ from launch import build, pictures
 from launch.bench import flops
 from launch.bench import image as sizes
 from launch.training.select import selection
-from launch.training.stage import Data, Stage
+from launch.training.stage import Data, Stage, require_sizes
 
 
 def find(config: Any) -> build.Weights:
@@ -44,12 +44,7 @@ def find(config: Any) -> build.Weights:
       FileNotFoundError, ValueError: they are not there, or of other sizes than the config says.
     """
     weights = build.inspect_weights(config.weights)
-    found = weights.found.components["transformer"].variant
-    if config.sizes and found != config.sizes:
-        raise ValueError(
-            f"{config.weights} holds a transformer of sizes {found!r}, the config says "
-            f"{config.sizes!r}; give --config.sizes={found} or other weights"
-        )
+    require_sizes(config, "transformer", weights.found.components["transformer"].variant)
     return weights
 
 

@@ -19,7 +19,7 @@ from clvr_jax.train import loop, optim
 from clvr_jax.train.metrics import Writers
 from clvr_jax.train.progress import Line
 from clvr_jax.train.state import TrainState, abstract, initialise, shardings
-from clvr_jax.train.step import Settings, compiled, make_step
+from clvr_jax.train.step import Settings, compiled, joined, make_step
 from clvr_jax.typing import Params
 from conversion import runs
 from conversion.load import load as load_weights
@@ -103,19 +103,37 @@ class Job:
 
     def step(self) -> Any:
         """The compiled step: (state, frozen, batch, key, static)."""
-        scale = self.selection.scale
-
-        def loss(params, adapters, *rest):
-            if adapters and scale != 1:
-                adapters = lora.scaled(adapters, scale)
-            return self.stage.loss(params, adapters, *rest)
-
         rate = optim.schedule(self.optimizer, self.steps)
-        made = make_step(loss, self.tx(), self.settings, rate, self.places())
+        made = make_step(self.loss, self.tx(), self.settings, rate, self.places())
         return compiled(made, self.state_places())
 
-    def _split(self, params: Params) -> tuple[Params, Params]:
-        key, dtype = jax.random.key(0), self.settings.param_dtype
+    def loss(self, params: Params, adapters: Params, *rest: Any) -> Any:
+        """The stage's loss, given adapters as they are trained."""
+        return self.stage.loss(params, self._scaled(adapters), *rest)
+
+    def averaged(self, state: TrainState, frozen: Params) -> tuple[Params, Params]:
+        """Return (parameters of the model, adapters) to use: averaged ones where there are any."""
+        params, adapters = joined(self.settings.cast(state.averaged), frozen["model"])
+        return params, self._scaled(adapters)
+
+    def begin(self, params: Params, seed: int) -> tuple[TrainState, Params]:
+        """Return the first state and the frozen parameters of the model, given all of them.
+
+        New adapters are drawn from the seed, each where it lies. The given arrays are taken over.
+        """
+        if self.selection.rank:
+            make = lambda: self._split(self.typed(), seed)[0]
+            trained, frozen = jax.jit(make, out_shardings=self.places())(), params
+        else:
+            trained, frozen = self._split(params)
+        return initialise(trained, self.tx(), self.settings.ema > 0, self.places()), frozen
+
+    def _scaled(self, adapters: Params) -> Params:
+        scale = self.selection.scale
+        return lora.scaled(adapters, scale) if adapters and scale != 1 else adapters
+
+    def _split(self, params: Params, seed: int = 0) -> tuple[Params, Params]:
+        key, dtype = jax.random.key(seed), self.settings.param_dtype
         return self.selection.state_params(params, self.stage.stacked, key, dtype)
 
 
@@ -127,16 +145,8 @@ def load_state(job: Job, seed: int) -> tuple[TrainState, Params]:
     """
     stage, sources = job.stage, job.stage.open()
     typed = job.typed()
-    # adapters are made behind the weights, whose sharding decides theirs
     params = load_weights(sources[stage.component], typed, stage.stacked, _places(typed, job.mesh))
-    if job.selection.rank:
-        make = lambda: job.selection.state_params(
-            typed, stage.stacked, jax.random.key(seed), job.settings.param_dtype
-        )[0]
-        trained, frozen = jax.jit(make, out_shardings=job.places())(), params
-    else:
-        trained, frozen = job._split(params)
-    state = initialise(trained, job.tx(), job.settings.ema > 0, job.places())
+    state, frozen = job.begin(params, seed)
     return state, {"model": frozen, "others": load_others(job, sources)}
 
 
@@ -198,20 +208,9 @@ def validation(job: Job, data: Data, frozen: Params, seed: int, limit: int) -> A
     key = jax.random.fold_in(jax.random.key(seed), 2**31 - 2)
 
     def sums(state, frozen, batch, number, static):
-        compute = jax.tree.map(
-            lambda x: x.astype(job.settings.compute_dtype), state.ema or state.params
-        )
-        whole = {**tree.flatten(frozen["model"]), **tree.flatten(compute.get("model", {}))}
-        adapters = lora.scaled(compute["lora"], job.selection.scale) if "lora" in compute else {}
-        rows = jax.tree.map(lambda x: x[0], batch)
-        total, weight, _ = job.stage.loss(
-            tree.unflatten(whole),
-            adapters,
-            frozen["others"],
-            rows,
-            jax.random.fold_in(key, number),
-            static,
-        )
+        params, adapters = job.averaged(state, frozen)
+        rows, draws = jax.tree.map(lambda x: x[0], batch), jax.random.fold_in(key, number)
+        total, weight, _ = job.stage.loss(params, adapters, frozen["others"], rows, draws, static)
         return total.astype(jnp.float32), weight.astype(jnp.float32)
 
     run = jax.jit(sums, static_argnums=4)
@@ -235,11 +234,7 @@ def preview(job: Job, call: Any, frozen: Params, writers: Writers, where: Path) 
     """Return a hook's call: previews of the averaged parameters, or of the trained ones."""
 
     def run(state: TrainState, done: int) -> dict[str, float]:
-        chosen = state.params if state.ema is None else state.ema
-        compute = jax.tree.map(lambda x: x.astype(job.settings.compute_dtype), chosen)
-        whole = {**tree.flatten(frozen["model"]), **tree.flatten(compute.get("model", {}))}
-        adapters = lora.scaled(compute["lora"], job.selection.scale) if "lora" in compute else {}
-        drawn = call(tree.unflatten(whole), adapters, frozen["others"], done, where)
+        drawn = call(*job.averaged(state, frozen), frozen["others"], done, where)
         for name, image in drawn.items():
             writers.picture(done, name, image)
         return {}

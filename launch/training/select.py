@@ -76,9 +76,13 @@ class Selection:
         adapters = lora.init(key, params, self.adapted, self.rank, stacked, jnp.dtype(dtype))
         return {"lora": adapters}, frozen
 
-    def matches(self, path: str) -> bool:
-        """Whether a parameter of this path is trained."""
-        return not self.rank and re.search(self.pattern, path) is not None
+    def trains(self, abstract: Params, root: str) -> bool:
+        """Whether anything of a subtree of the model has a gradient."""
+        paths = [path for path in tree.flatten(abstract) if path.startswith(root + "/")]
+        if self.rank:
+            kernels = (path for path in paths if path.endswith("kernel"))
+            return any(re.search(self.adapted, path) for path in kernels)
+        return any(re.search(self.pattern, path) for path in paths)
 
 
 def selection(config: Any) -> Selection:

@@ -59,3 +59,16 @@ class Stage:
     open: Callable[[], Mapping[str, Any]]
     constants: Mapping[str, Any]
     record: Mapping[str, Any]
+
+
+def require_sizes(config: Any, what: str, found: str) -> None:
+    """Compare the sizes of weights with those that a config expects, if it does.
+
+    Raises:
+      ValueError: they differ.
+    """
+    if config.sizes and found != config.sizes:
+        raise ValueError(
+            f"{config.weights} holds a {what} of sizes {found!r}, the config says "
+            f"{config.sizes!r}; give --config.sizes={found} or other weights"
+        )

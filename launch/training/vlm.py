@@ -1,7 +1,6 @@
 """The VLM stage: Qwen3-VL on whole trajectories."""
 
 import functools
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clvr_jax import lora, tree
+from clvr_jax import lora
 from clvr_jax.backends.local import LocalVlm
 from clvr_jax.backends.protocol import Options, user
 from clvr_jax.data.packing import Shape, Size, plan_packed
@@ -27,7 +26,7 @@ from conversion.components import Component
 from launch import build, build_vlm, pictures
 from launch.bench import flops
 from launch.training.select import selection
-from launch.training.stage import Data, Stage
+from launch.training.stage import Data, Stage, require_sizes
 
 
 def find(config: Any) -> Component:
@@ -39,11 +38,7 @@ def find(config: Any) -> Component:
     found = build_vlm.find(config.weights)
     if found.name != "vlm":
         raise ValueError(f"{config.weights} is a {found.name}; this stage trains a Qwen3-VL")
-    if config.sizes and found.variant != config.sizes:
-        raise ValueError(
-            f"{config.weights} holds a Qwen3-VL of sizes {found.variant!r}, the config says "
-            f"{config.sizes!r}; give --config.sizes={found.variant} or other weights"
-        )
+    require_sizes(config, "Qwen3-VL", found.variant)
     return found
 
 
@@ -58,14 +53,10 @@ def networks(config: Any, weights: Component | None) -> Networks:
         "remat": config.remat,
         "implementation": build.resolve_attention(config.attention),
     }
-    chosen = selection(config)
-    visual = [path for path in _paths(cfg) if path.startswith("visual/")]
-    adapted = chosen.rank and any(_matches(chosen.adapted, path) for path in visual)
-    trains = adapted or any(chosen.matches(path) for path in visual)
     return Networks(
         LanguageModel(cfg.text, **fields),
         Vision(cfg.vision, **fields),
-        train_vision=bool(trains),
+        train_vision=selection(config).trains(model.abstract_params(cfg), "visual"),
         chunk=config.chunk,
     )
 
@@ -250,11 +241,3 @@ def _sizes(config: Any, weights: Component | None) -> qwen3_vl.Qwen3VLConfig:
         known = ", ".join(qwen3_vl.VARIANTS)
         raise ValueError(f"sizes is {config.sizes!r} and there are no weights; choose from {known}")
     return qwen3_vl.VARIANTS[config.sizes]
-
-
-def _paths(cfg) -> list[str]:
-    return list(tree.flatten(model.abstract_params(cfg)))
-
-
-def _matches(pattern: str, path: str) -> bool:
-    return re.search(pattern, path) is not None and path.endswith("kernel")

@@ -7,7 +7,7 @@ import pytest
 from clvr_jax.data.index import RecordError
 from clvr_jax.data.sharegpt import from_record, to_record
 from clvr_jax.data.trajectory import Trajectory
-from tests.data.make import make
+from launch.toy_data import make
 
 PLAIN = {
     "id": "jug-1",

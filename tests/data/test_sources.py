@@ -13,7 +13,7 @@ from clvr_jax.data.images import image_size, read_image
 from clvr_jax.data.index import RecordError, json_places
 from clvr_jax.data.sources import open_source
 from clvr_jax.data.writers import write_array_record, write_jsonl
-from tests.data.make import make
+from launch.toy_data import make
 
 COUNT = 5
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from clvr_jax.data.trajectory import Action, Message, Picture, Step, Trajectory
 from clvr_jax.data.turns import Turn, explain, parse
-from tests.data.make import make
+from launch.toy_data import make
 
 GENERATE = {"kind": "generate", "prompt": "a jug"}
 EDIT = {"kind": "edit", "prompt": "add a lid to <IMG_GEN_1>", "references": [1]}

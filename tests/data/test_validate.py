@@ -9,7 +9,7 @@ from clvr_jax.data.images import Limits
 from clvr_jax.data.sources import open_source
 from clvr_jax.data.validate import Fault, InvalidData, require_valid, validate
 from clvr_jax.data.writers import write_array_record, write_jsonl
-from tests.data.make import make
+from launch.toy_data import make
 
 GOOD = 3  # lines before the broken one
 

@@ -9,7 +9,7 @@ import pytest
 
 from clvr_jax.data.sources import open_source
 from launch import data
-from tests.data.make import make
+from launch.toy_data import make
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.data import make as data
-from tests.launch import test_train_command as command
+from launch import toy_data as data
+from tests.launch import training
 
 LONG = 3600
 
@@ -16,9 +16,9 @@ def trained(folder, stage, workdir, *options):
     import subprocess
 
     done = subprocess.run(
-        command.arguments(folder, stage, workdir, *options),
-        cwd=command.ROOT,
-        env=command.ENV,
+        training.arguments(folder, stage, workdir, *options),
+        cwd=training.ROOT,
+        env=training.ENV,
         capture_output=True,
         text=True,
         timeout=LONG,

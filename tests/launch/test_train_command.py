@@ -1,26 +1,17 @@
 """`python -m launch.train` as a user runs it: on toy weights, killed, resumed, exported."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch import toy
-from tests.data import make as data
-
-ROOT = Path(__file__).parents[2]
-ENV = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-}
+from launch import toy_data as data
+from tests.launch.training import ENV, ROOT, arguments
 
 
 @pytest.fixture(scope="module")
@@ -31,19 +22,6 @@ def folder(tmp_path_factory):
     toy.write_vlm(place / "vlm")
     data.make(place / "data", count=6, steps=(1, 2), size=(64, 64))
     return place
-
-
-def arguments(folder, stage, workdir, *options):
-    weights = folder / ("klein" if stage == "image" else "vlm")
-    return [
-        *(sys.executable, "-m", "launch.train"),
-        f"--config=configs/{stage}_sft.py:miniature",
-        f"--workdir={workdir}",
-        f"--config.weights={weights}",
-        f"--config.data.train={folder}/data/trajectories.jsonl",
-        "--config.preview.every=0",
-        *(f"--config.{option}" for option in options),
-    ]
 
 
 def run(command, code=0, extra=()):

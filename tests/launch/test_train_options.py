@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -21,17 +19,11 @@ from conversion import detect
 from conversion.cli import main as convert
 from conversion.lora.__main__ import main as convert_lora
 from launch import build, toy
+from launch import toy_data as data
 from launch.training import compose, image, vlm
 from launch.training import run as running
-from tests.data import make as data
-
-ROOT = Path(__file__).parents[2]
-ENV = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-}
+from tests.launch import training
+from tests.launch.training import ENV, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +52,7 @@ def job(given):
 
 
 def command(folder, stage, workdir, *options):
-    return [
-        *(sys.executable, "-m", "launch.train", f"--config=configs/{stage}_sft.py:miniature"),
-        f"--workdir={workdir}",
-        f"--config.weights={folder / ('klein' if stage == 'image' else 'vlm')}",
-        f"--config.data.train={folder}/data/trajectories.jsonl",
-        "--config.preview.every=0",
-        "--config.steps=2",
-        *(f"--config.{option}" for option in options),
-    ]
+    return training.arguments(folder, stage, workdir, "steps=2", *options)
 
 
 def run(command, code=0):

@@ -1,28 +1,19 @@
 """Two real processes of `python -m launch.train`: one run, the same numbers as of one process."""
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from clvr_jax.checkpoint import saved_steps
 from launch import toy
-from tests.data import make as data
-
-ROOT = Path(__file__).parents[2]
-ENV = {
-    **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-    "JAX_PLATFORMS": "cpu",
-    "PYTHONPATH": str(ROOT),
-}
+from launch import toy_data as data
+from tests.launch import training
+from tests.launch.training import ENV, ROOT
 
 
 @pytest.fixture(scope="module")
@@ -35,16 +26,15 @@ def folder(tmp_path_factory):
 
 
 def command(folder, workdir, *options):
-    file = folder / "data" / "trajectories.jsonl"
-    given = (
-        f"weights={folder}/klein",
-        f"data.train={file}",
-        f"data.validation={file}",
+    return training.arguments(
+        folder,
+        "image",
+        workdir,
+        f"data.validation={folder}/data/trajectories.jsonl",
         f"data.features={folder}/features",
         "condition.text=instruction",
         "condition.buckets=(96,)",
         "validation.every=2",
-        "preview.every=0",
         "steps=6",
         "save.every=2",
         "save.last=9",
@@ -52,11 +42,6 @@ def command(folder, workdir, *options):
         "optim.schedule=cosine",
         *options,
     )
-    return [
-        *(sys.executable, "-m", "launch.train", "--config=configs/image_sft.py:miniature"),
-        f"--workdir={workdir}",
-        *(f"--config.{option}" for option in given),
-    ]
 
 
 def begin(command, count, **how):

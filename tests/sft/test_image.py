@@ -31,8 +31,8 @@ from clvr_jax.sft.image.batches import Batches
 from clvr_jax.sft.image.loss import Settings, loss
 from clvr_jax.sft.image.samples import Rules, index
 from clvr_jax.tree import flatten
+from launch import toy_data as toy
 from launch.toy import byte_tokenizer, random_weights
-from tests.data import make as toy
 
 BUCKETS = Buckets(areas=(64 * 64,), aspects=(1.0, 1.5), sizes=((96, 64), (64, 96)), enlarge=1.0)
 RULES = Rules(Policy(text="instruction", buckets=(112, 128)), BUCKETS)

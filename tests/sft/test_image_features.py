@@ -21,7 +21,7 @@ from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.sft.image.features import Features
 from clvr_jax.sft.image.precompute import make, missing
 from clvr_jax.weights import SafetensorsReader, WeightsError
-from tests.data import make as toy
+from launch import toy_data as toy
 from tests.sft.test_image import KEY, batches, first, model, program
 
 

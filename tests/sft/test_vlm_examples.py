@@ -17,8 +17,8 @@ from clvr_jax.models.qwen3_vl.processor import Processor
 from clvr_jax.sft.vlm import batches, examples
 from launch import build_vlm
 from launch.toy import SEEING, VLM_TEMPLATE, byte_tokenizer
+from launch.toy_data import make
 from tests.backends import toy
-from tests.data.make import make
 
 ANSWERS = ("Draw a jug.\n<IMG_GEN_1>", " spaced, é and 水 ", "done")
 
