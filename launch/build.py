@@ -72,10 +72,10 @@ def inspect_weights(source: str, transformer: str | None = None) -> Weights:
             "file as --transformer"
         )
     check_together(found.components)
-    layers = found.components["text_encoder"].config.layers
-    if layers < qwen3_decoder.KLEIN_LAYERS[-1]:
+    text = found.components["text_encoder"].config
+    if text.layers < text.features[-1]:
         raise ValueError(
-            f"the text encoder has {layers} layers, klein reads after {qwen3_decoder.KLEIN_LAYERS}"
+            f"the text encoder has {text.layers} layers, klein reads after {text.features}"
         )
     index = {}
     if detect.INDEX in found.shared:
@@ -95,7 +95,8 @@ def networks(weights: Weights, attention: str = "auto", layers: str = "scan") ->
     if layers not in ("scan", "unrolled"):
         raise ValueError(f"layers is {layers!r}; choose scan or unrolled")
     configs = {name: c.config for name, c in weights.found.components.items()}
-    text = dataclasses.replace(configs["text_encoder"], layers=qwen3_decoder.KLEIN_LAYERS[-1])
+    text = configs["text_encoder"]
+    text = dataclasses.replace(text, layers=text.features[-1])
     fields = {"implementation": implementation, "scan": layers == "scan"}
     return Networks(
         flux2_transformer.Transformer(configs["transformer"], **fields),

@@ -19,7 +19,8 @@ from clvr_jax.models.flux2 import config as flux2
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3 import config as qwen3
-from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS, Decoder
+from clvr_jax.models.qwen3.config import KLEIN_LAYERS
+from clvr_jax.models.qwen3.decoder import Decoder
 from launch import build as root
 from launch.bench import flops, machine, programs
 from launch.bench.rivals import Rivals

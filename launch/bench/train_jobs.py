@@ -14,7 +14,6 @@ from clvr_jax import parallel
 from clvr_jax.data.packing import Shape
 from clvr_jax.data.plan import Epochs, Step
 from clvr_jax.models.flux2.layout import Layout
-from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS
 from clvr_jax.models.qwen3_vl import model as qwen3_vl
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.processor import Picture
@@ -226,7 +225,7 @@ def _image(case: Case, config: Any, rows: int, with_arrays: bool) -> tuple[Any, 
         channels = nets.transformer.cfg.channels
         shapes = {
             "weights": shapes["weights"],
-            "text": leaf(case.text_tokens, len(KLEIN_LAYERS) * nets.text_encoder.cfg.width),
+            "text": leaf(case.text_tokens, nets.text_encoder.cfg.feature_width),
             "latents": leaf(*side, channels),
             "reference_latents": [leaf(*side, channels)] * case.references,
         }

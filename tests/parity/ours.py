@@ -12,7 +12,7 @@ import numpy as np
 
 from clvr_jax.generate.image import ImageModel
 from clvr_jax.models.flux2 import transformer, vae
-from clvr_jax.models.qwen3 import decoder, language
+from clvr_jax.models.qwen3 import language
 from clvr_jax.models.qwen3_vl import model as qwen3_vl
 from clvr_jax.models.qwen3_vl import vision
 from clvr_jax.typing import Params
@@ -47,7 +47,7 @@ def carry(model, *, whole: bool = False) -> tuple[Any, Params]:
         elif name == "vlm" or whole:
             abstract = component.abstract()
         else:
-            config = dataclasses.replace(config, layers=decoder.KLEIN_LAYERS[-1])
+            config = dataclasses.replace(config, layers=config.features[-1])
             abstract = language.abstract_params(config, head=False)
         return config, load(component.open(), abstract, component.stacked)
 

@@ -25,7 +25,8 @@ from clvr_jax.models.flux2.config import STACKED
 from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
-from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS, Decoder
+from clvr_jax.models.qwen3.config import KLEIN_LAYERS
+from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.sft.image import pictures
 from clvr_jax.sft.image.batches import Batches
 from clvr_jax.sft.image.loss import Settings, loss

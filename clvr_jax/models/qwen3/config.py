@@ -6,6 +6,7 @@ from typing import Any
 
 from clvr_jax.models.config import Fields
 
+KLEIN_LAYERS = (9, 18, 27)  # hidden states that klein reads: after this many layers
 STACKED = ("layers",)  # roots whose leaves carry a leading layer axis
 
 
@@ -27,6 +28,7 @@ class Qwen3Config:
       max_positions: longest context the checkpoint declares.
       mrope_section: frequencies that follow time, height and width in interleaved M-RoPE; None for
         plain positions.
+      features: as a text encoder, the layer counts after which the stream is read.
     """
 
     vocab: int
@@ -41,12 +43,24 @@ class Qwen3Config:
     tied: bool
     max_positions: int = 40960
     mrope_section: tuple[int, int, int] | None = None
+    features: tuple[int, ...] = KLEIN_LAYERS
 
+    @property
+    def feature_width(self) -> int:
+        """Width of a text encoder's features."""
+        return len(self.features) * self.width
+
+
+# a field that transformers does not know and keeps; diffusers' pipeline takes it as an argument
+FEATURES = "text_encoder_out_layers"
 
 VARIANTS = {
     "qwen3_4b": Qwen3Config(151936, 2560, 36, 32, 8, 128, 9728, 1e6, 1e-6, tied=True),
     "qwen3_8b": Qwen3Config(151936, 4096, 36, 32, 8, 128, 12288, 1e6, 1e-6, tied=False),
     "tiny": Qwen3Config(512, 32, 36, 4, 2, 16, 48, 1e6, 1e-6, tied=True),
+    "miniature": Qwen3Config(
+        768, 128, 3, 4, 2, 32, 384, 1e6, 1e-6, tied=True, max_positions=4096, features=(1, 2, 3)
+    ),
 }
 
 # of config.json, what only training, generation or torch reads
@@ -98,6 +112,7 @@ def from_json(values: Mapping[str, Any]) -> Qwen3Config:
         rope_theta=theta,
         tied=fields.take("tie_word_embeddings"),
         max_positions=fields.take("max_position_embeddings", 40960),
+        features=tuple(fields.take(FEATURES, KLEIN_LAYERS)),
     )
     fields.done(ignore=UNUSED)
     return cfg
@@ -167,4 +182,5 @@ def to_json(cfg: Qwen3Config) -> dict[str, Any]:
         "tie_word_embeddings": cfg.tied,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
+        **({} if cfg.features == KLEIN_LAYERS else {FEATURES: list(cfg.features)}),
     }

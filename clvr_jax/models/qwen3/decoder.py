@@ -21,8 +21,6 @@ from clvr_jax.models.qwen3.config import Qwen3Config
 from clvr_jax.parallel import constrain
 from clvr_jax.typing import Array, Float, Int, Tokens
 
-KLEIN_LAYERS = (9, 18, 27)  # hidden states that klein reads: after this many layers
-
 
 @struct.dataclass
 class Context:
@@ -67,7 +65,7 @@ class Decoder(nn.Module):
         self,
         ids: Int[Array, "b s"],
         lengths: Int[Array, "b"],
-        capture: tuple[int, ...] = KLEIN_LAYERS,
+        capture: tuple[int, ...] | None = None,
     ) -> Float[Array, "b s features"]:
         """Return the residual stream after each layer count in `capture`, side by side.
 
@@ -77,12 +75,13 @@ class Decoder(nn.Module):
         Args:
           ids: right-padded token ids.
           lengths: real tokens of each row.
-          capture: increasing layer counts, at most `cfg.layers`.
+          capture: increasing layer counts, at most `cfg.layers`; None for `cfg.features`.
 
         Raises:
           ValueError: `capture` asks for layers that are not there.
         """
         c = self.cfg
+        capture = c.features if capture is None else capture
         if not capture or list(capture) != sorted(set(capture)) or capture[-1] > c.layers:
             raise ValueError(f"capture {capture} must increase and stay within {c.layers} layers")
         x = constrain(

@@ -15,7 +15,6 @@ import numpy as np
 from clvr_jax.data.images import read_bytes
 from clvr_jax.generate.image import Networks
 from clvr_jax.models.flux2.layout import Layout
-from clvr_jax.models.qwen3.decoder import KLEIN_LAYERS
 from clvr_jax.sft.image.pictures import Picture
 from clvr_jax.weights import SafetensorsReader, write_safetensors
 from clvr_jax.weights.header import make_header
@@ -42,7 +41,7 @@ class Features:
         self.folder = Path(folder)
         self.dtype = np.dtype(dtype)
         self._weights = {"text": text_encoder, "latents": vae}
-        self._text_width = len(KLEIN_LAYERS) * networks.text_encoder.cfg.width
+        self._text_width = networks.text_encoder.cfg.feature_width
         self._channels = networks.transformer.cfg.channels
         self._digests: dict[str, str] = {}  # of the image files seen
 
