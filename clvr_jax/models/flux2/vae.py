@@ -40,26 +40,41 @@ class Vae(nn.Module):
         Raises:
           ValueError: a side is not a multiple of the factor.
         """
+        mean, _ = self.posterior(images)
+        return self.bn.normalise(patches(mean))
+
+    def posterior(self, images: Images) -> tuple[Picture, Picture]:
+        """Return mean and log variance of the latent picture, neither patchified nor normalised.
+
+        Args, Raises: as `encode`.
+        """
         factor = self.cfg.factor
         if images.shape[1] % factor or images.shape[2] % factor:
             raise ValueError(
                 f"image sides must be multiples of {factor}, got {images.shape[1:3]}; crop first"
             )
         moments = self.quant_conv(self.encoder(images))
-        mean = moments[..., : self.cfg.latent_channels]
-        # channel 4 c + 2 r + s holds row r, column s of each 2x2 cell
-        z = einops.rearrange(mean, "b (y r) (x s) c -> b y x (c r s)", r=2, s=2)
-        return self.bn.normalise(z)
+        channels = self.cfg.latent_channels
+        # the bounds of the reference, for training alone
+        return moments[..., :channels], jnp.clip(moments[..., channels:], -30.0, 20.0)
 
     def decode(self, latents: Float[Array, "b rows cols latent"]) -> Images:
         """Return pixels around [-1, 1], not clamped."""
         z = self.bn.restore(latents)
-        z = einops.rearrange(z, "b y x (c r s) -> b (y r) (x s) c", r=2, s=2)
+        return self.pixels(einops.rearrange(z, "b y x (c r s) -> b (y r) (x s) c", r=2, s=2))
+
+    def pixels(self, z: Picture) -> Images:
+        """Return pixels of a latent picture as `posterior` gives it."""
         return self.decoder(self.post_quant_conv(z))
 
     def __call__(self, images: Images) -> Images:
         """Encode and decode; touches every parameter."""
         return self.decode(self.encode(images))
+
+
+def patches(z: Picture) -> Resampled:
+    """Fold 2x2 patches into channels: channel 4 c + 2 r + s holds row r, column s of each."""
+    return einops.rearrange(z, "b (y r) (x s) c -> b y x (c r s)", r=2, s=2)
 
 
 class LatentNorm(nn.Module):
