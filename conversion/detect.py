@@ -110,18 +110,21 @@ def _converted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Foun
 
 
 def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
-    """A run: its component over the weights that it began from, and the rest of those."""
+    """A run: what it trained over the weights that it began from, and the rest of those."""
     record = at.record()
-    name, weights = record["component"], record["weights"]
+    trained, weights = runs.names(record), record["weights"]
     try:
         base = find(weights, wanted, complete=complete)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{at.folder} trained the {name} of {weights}, and its other weights are still read "
-            f"from there: {error}. Put them back, or change `weights` in {at.folder / runs.RECORD}"
+            f"{at.folder} trained the {' and '.join(trained)} of {weights}, and its other weights "
+            f"are still read from there: {error}. Put them back, or change `weights` in "
+            f"{at.folder / runs.RECORD}"
         ) from error
     components = dict(base.components)
-    if wanted is None or name in wanted:
+    for name in trained:
+        if wanted is not None and name not in wanted:
+            continue
         if name not in components:
             raise FileNotFoundError(
                 f"{at.folder} trained the {name} of {weights}, which has none any more"

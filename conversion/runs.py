@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ def place(path: Path) -> Place | None:
     return None
 
 
+def names(record: Mapping[str, Any]) -> list[str]:
+    """Return the components that a run trained, from its record."""
+    return record["component"].split("+")
+
+
 def component(base: Component, at: Place) -> Component:
     """Return the trained component over the one that training began from."""
     return dataclasses.replace(base, layout="run", path=at.folder, base=base, step=at.step)
@@ -93,8 +99,9 @@ class RunSource:
         at = Place(trained.path, trained.step)
         record = at.record()
         self.reader = open_state(at.checkpoints(), trained.step)
-        self._root = _root(self.reader)
-        prefix = f"{self._root}/model/"
+        # several components that were trained together have a root each
+        own = f"{trained.name}/" if len(names(record)) > 1 else ""
+        self._prefix = prefix = f"{_root(self.reader)}/model/{own}"
         self.trained = {
             name.removeprefix(prefix): spec
             for name, spec in self.reader.specs.items()
@@ -122,7 +129,7 @@ class RunSource:
 
     def own(self, path: str, layer: int | None) -> Stored:
         """Return a trained leaf, stacked ones layer by layer."""
-        name, (shape, dtype) = f"{self._root}/model/{path}", self.trained[path]
+        name, (shape, dtype) = f"{self._prefix}{path}", self.trained[path]
         if layer is None:
             return Stored(shape, dtype, lambda index: self.reader.read(name, index))
 

@@ -43,6 +43,37 @@ class Source(Protocol):
         ...
 
 
+class Together:
+    """Several checkpoints as one, each under a root of its own.
+
+    Args:
+      parts: checkpoints by root.
+    """
+
+    def __init__(self, parts: Mapping[str, Source]):
+        self._parts, self.path = parts, next(iter(parts.values())).path
+
+    def read(self, path: str, layer: int | None) -> Lazy:
+        """Return a leaf; see `Source`."""
+        root, rest = path.split("/", 1)
+        return self._parts[root].read(rest, layer)
+
+    def non_finite(self, path: str, layer: int | None) -> WeightsError:
+        """Return the error that names a leaf with non-finite values; see `Source`."""
+        root, rest = path.split("/", 1)
+        return self._parts[root].non_finite(rest, layer)
+
+    def release(self) -> None:
+        """Give back the memory of what was read."""
+        for part in self._parts.values():
+            part.release()
+
+    def close(self) -> None:
+        """Close the files; see `Source`."""
+        for part in self._parts.values():
+            part.close()
+
+
 class MappedSource:
     """Safetensors files through a rule table; leaves are views of the mapped files.
 
