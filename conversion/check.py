@@ -82,12 +82,13 @@ def check_together(components: Mapping[str, Component]) -> None:
     """
     configs = {name: component.config for name, component in components.items()}
     if configs.keys() >= {"transformer", "text_encoder"}:
-        needs, gives = configs["transformer"].text_width, 3 * configs["text_encoder"].width
+        text = configs["text_encoder"]
+        needs, gives = configs["transformer"].text_width, text.feature_width
         if needs != gives:
             raise ValueError(
                 f"{components['transformer'].path} takes text features of width {needs}, "
-                f"{components['text_encoder'].path} gives {gives} (three hidden states of width "
-                f"{gives // 3}); they belong to different models"
+                f"{components['text_encoder'].path} gives {gives} (its hidden states after "
+                f"{text.features} layers, {text.width} wide); they belong to different models"
             )
     if configs.keys() >= {"transformer", "vae"}:
         needs, gives = configs["transformer"].channels, 4 * configs["vae"].latent_channels
