@@ -13,12 +13,18 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     ("clvr_jax", "clvr_jax.typing"),
     ("clvr_jax.tree",),
-    ("clvr_jax.parallel", "clvr_jax.weights", "clvr_jax.diffusion", "clvr_jax.data"),
-    ("clvr_jax.checkpoint", "clvr_jax.lora", "clvr_jax.kernels"),
+    (
+        "clvr_jax.parallel",
+        "clvr_jax.weights",
+        "clvr_jax.statistics",
+        "clvr_jax.diffusion",
+        "clvr_jax.data",
+    ),
+    ("clvr_jax.checkpoint", "clvr_jax.lora", "clvr_jax.kernels", "clvr_jax.report"),
     ("clvr_jax.models", "clvr_jax.train"),
     ("clvr_jax.generate",),
     ("clvr_jax.backends",),
-    ("clvr_jax.serving", "clvr_jax.sft"),
+    ("clvr_jax.miniature", "clvr_jax.serving", "clvr_jax.sft"),
     ("conversion",),
     ("launch",),
 )

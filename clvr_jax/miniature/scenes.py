@@ -1,0 +1,116 @@
+"""Scenes at random: all that a goal leaves open is drawn."""
+
+import functools
+from typing import TypeVar
+
+import numpy as np
+
+from clvr_jax.miniature.goal import Goal, Group
+from clvr_jax.miniature.held_out import BANS, COLOURS_OF, PAIRS, SHAPES_OF, Split
+from clvr_jax.miniature.places import PLACES, RELATIONS, related
+from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
+
+T = TypeVar("T")
+_ALL = (1 << CELLS) - 1
+_TRIES = 12  # placements of one goal; what then has none is rare or contradicts itself
+
+
+def _mask(cells) -> int:
+    return sum(1 << cell for cell in cells)
+
+
+_PLACE = {name: _mask(cells) for name, cells in PLACES.items()} | {None: _ALL}
+_TO = {  # cells that cell c stands so to
+    word: [_mask(o for o in range(CELLS) if related(c, word, o)) for c in range(CELLS)]
+    for word in RELATIONS
+}
+_FROM = {  # cells that stand so to cell c
+    word: [_mask(o for o in range(CELLS) if related(o, word, c)) for c in range(CELLS)]
+    for word in RELATIONS
+}
+_BANS = {
+    shape: [tuple((other, _mask(cells)) for other, cells in entry) for entry in rows]
+    for shape, rows in BANS.items()
+}
+
+
+def pick(rng: np.random.Generator, options) -> T:
+    """Return one of a sequence; `rng.choice` takes thirty times as long."""
+    return options[int(rng.random() * len(options))]
+
+
+@functools.cache
+def _cells(mask: int) -> tuple[int, ...]:
+    return tuple(cell for cell in range(CELLS) if mask >> cell & 1)
+
+
+def kind(
+    rng: np.random.Generator, shape: str | None, colour: str | None, split: Split
+) -> tuple[str, str]:
+    """Return a shape and a colour, drawn where None; a drawn one makes no held-out pair.
+
+    In `Split.HELD_OUT` any pair may come.
+    """
+    free = split is Split.HELD_OUT
+    if shape is None and colour is None:
+        while True:
+            pair = pick(rng, SHAPES), pick(rng, COLOURS)
+            if free or pair not in PAIRS:
+                return pair
+    if shape is None:
+        return pick(rng, SHAPES if free else SHAPES_OF[colour]), colour
+    return shape, colour or pick(rng, COLOURS if free else COLOURS_OF[shape])
+
+
+def draw(goal: Goal, rng: np.random.Generator, split: Split) -> Scene | None:
+    """Return a scene that meets the goal, or None if none was found.
+
+    Free attributes are uniform. Cells are drawn one thing after another among those left, things
+    that are bound to a place or in a relation first, in random order: close to uniform over all
+    scenes of the goal. Except in `Split.HELD_OUT`, nothing held out comes about by chance.
+    """
+    groups, slots = goal.groups, goal.slots
+    links: dict[int, list] = {}
+    for first, word, second in goal.relations:
+        links.setdefault(first, []).append((second, _FROM[word]))
+        links.setdefault(second, []).append((first, _TO[word]))
+    free = [groups[g].place is None and g not in links for g in slots]
+    kinds = [kind(rng, groups[g].shape, groups[g].colour, split) for g in slots]
+    for _ in range(_TRIES):
+        cells = _place(slots, groups, links, kinds, free, rng, split is not Split.HELD_OUT)
+        if cells is not None:
+            sizes = [groups[g].size or pick(rng, SIZES) for g in slots]
+            return Scene(tuple(Thing(cells[s], *kinds[s], sizes[s]) for s in range(len(slots))))
+    return None
+
+
+def _place(slots, groups, links, kinds, free, rng, clean) -> list[int] | None:
+    """Return a cell for each slot, or None at a dead end."""
+    keys = rng.random(len(slots)).tolist()
+    left, cells, at = _ALL, [0] * len(slots), {}
+    banned = dict.fromkeys(SHAPES, 0)
+    for slot in sorted(range(len(slots)), key=lambda s: (free[s], keys[s])):
+        group, shape = slots[slot], kinds[slot][0]
+        options = left & _PLACE[groups[group].place] & ~banned[shape]
+        for other, table in links.get(group, ()):
+            if other in at:
+                options &= table[at[other]]
+        if not options:
+            return None
+        cell = pick(rng, _cells(options))
+        cells[slot] = at[group] = cell
+        left &= ~(1 << cell)
+        if clean:
+            for other, mask in _BANS[shape][cell]:
+                banned[other] |= mask
+    return cells
+
+
+def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> Scene:
+    """Return any scene of `count` things (1 to `MOST` at random where None)."""
+    count = int(rng.integers(1, MOST + 1)) if count is None else count
+    goal = Goal((Group(count),) if count else ())
+    while True:
+        scene = draw(goal, rng, split)
+        if scene is not None:
+            return scene

@@ -1,0 +1,147 @@
+"""Splits: disjoint by construction, nothing held out leaks, the fixed lists never change."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from clvr_jax.miniature import edits, held_out, prompts, scenes, splits
+from clvr_jax.miniature.goal import Goal, Group, Relation, related
+from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.scene import Scene, Thing
+
+FIRST = {
+    Split.TEST: "f0cbb4571c8e2b38",
+    Split.DEV: "c85fb84608ec43e9",
+    Split.HELD_OUT: "4ba0a0f9f9ae3136",
+}  # of the first four of each kind
+WHOLE = {
+    Split.TEST: "ce16fecb304d7436",
+    Split.DEV: "eb781bd5bfbb4b2d",
+    Split.HELD_OUT: "9479c0feffe85bf3",
+}
+
+
+def digest(listed) -> str:
+    """Hash of texts and goals."""
+    lines = "\n".join(f"{p.kind}|{p.text}|{p.goal.key()}|{p.complexity:.9f}" for p in listed)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def leaks(scene: Scene) -> bool:
+    """Look for held-out pairs and relations in a scene, thing by thing, without the tables."""
+    for thing in scene.things:
+        if (thing.shape, thing.colour) in held_out.PAIRS:
+            return True
+        for other in scene.things:
+            for first, word, second in held_out.RELATIONS:
+                shapes = (thing.shape, other.shape)
+                if shapes == (first, second) and related(thing.cell, word, other.cell):
+                    return True
+    return False
+
+
+def test_what_is_held_out():
+    assert len(held_out.PAIRS) == 6
+    assert len({s for s, _ in held_out.PAIRS}) == 6 == len({c for _, c in held_out.PAIRS})
+    assert held_out.is_held("ring", "below", "star") and held_out.is_held("star", "above", "ring")
+    assert not held_out.is_held("ring", "above", "star")
+    star, ring = Thing(0, "star", "red", "small"), Thing(7, "ring", "blue", "small")
+    assert held_out.taints(ring, (star, ring)) and not held_out.is_clean(Scene((star, ring)))
+    assert held_out.is_clean(Scene((star._replace(cell=4), ring)))  # side by side
+    assert not held_out.is_clean(Scene((ring._replace(colour="red"),)))
+
+
+def leakage(count: int):
+    rng = np.random.default_rng(11)
+    for i in range(count):
+        split = (Split.TRAIN, Split.TRAIN, Split.TRAIN, Split.DEV, Split.TEST)[i % 5]
+        prompt, scene = prompts.sample(rng, None, split)
+        assert not held_out.asks_held(prompt.goal) and not leaks(scene), prompt
+        assert held_out.split_of(prompt.goal, prompt.text) is split
+        if i % 2 == 0 and split is Split.TRAIN:
+            _, text, after = edits.sample(rng, scene)
+            assert not leaks(after), text
+        if i % 20 == 0:
+            _, text, images, after = edits.sample_pair(rng)
+            assert not any(leaks(image) for image in (*images, after)), text
+
+
+def test_nothing_held_out_leaks():
+    leakage(300)
+
+
+@pytest.mark.slow
+def test_nothing_held_out_leaks_in_many():
+    leakage(20_000)
+
+
+def test_held_out_prompts_ask_for_what_is_held_out():
+    rng = np.random.default_rng(12)
+    for _ in range(80):
+        prompt, scene = prompts.sample(rng, None, Split.HELD_OUT)
+        assert held_out.asks_held(prompt.goal) and leaks(scene) and prompt.goal.holds(scene)
+
+
+def test_a_goal_is_of_one_split_however_it_is_said():
+    goal = Goal(
+        (Group(1, "ring", "blue"), Group(2, "star"), Group(1, "cross")), (Relation(0, "above", 2),)
+    )
+    same = Goal((goal.groups[2], goal.groups[1], goal.groups[0]), (Relation(0, "below", 2),))
+    assert held_out.split_of(goal, "one way") is held_out.split_of(same, "another")
+    assert held_out.is_common(Goal((Group(1, "circle"),)))
+    assert not held_out.is_common(Goal((Group(2, "circle", "red"),)))
+    assert not held_out.is_common(Goal((Group(1, "circle", place="middle"),)))
+
+
+def test_shares_of_splits():
+    rng = np.random.default_rng(13)
+    keys = [str(rng.random()) for _ in range(2000)]
+    found = [held_out.split_of_key(key) for key in keys]
+    assert found.count(Split.TEST) / 2000 == pytest.approx(0.10, abs=0.02)
+    assert found.count(Split.DEV) / 2000 == pytest.approx(0.10, abs=0.02)
+
+
+@pytest.mark.parametrize("split", FIRST)
+def test_fixed_lists_begin_as_ever(split):
+    """A change here makes new lists: numbers measured before no longer compare."""
+    found = {}
+    for kind in prompts.HELD_OUT_KINDS:
+        splits.draw(found, split, kind, 4)
+    assert digest(found.values()) == FIRST[split]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", WHOLE)
+def test_fixed_lists(split):
+    listed = splits.prompts(split)
+    kinds = prompts.HELD_OUT_KINDS if split is Split.HELD_OUT else prompts.KINDS
+    sizes = {Split.TEST: 2400, Split.DEV: 600, Split.HELD_OUT: 900}
+    assert len(listed) == sizes[split] == len({held_out.plain(p.text) for p in listed})
+    assert all(sum(p.kind == k for p in listed) == len(listed) // len(kinds) for k in kinds)
+    assert all(held_out.split_of(p.goal, p.text) is split for p in listed)
+    assert digest(listed) == WHOLE[split]
+
+
+@pytest.mark.slow
+def test_splits_are_disjoint():
+    dev, test = splits.prompts(Split.DEV), splits.prompts(Split.TEST)
+    assert not {p.text.lower() for p in dev} & {p.text.lower() for p in test}
+    apart = lambda ps: {p.goal.key() for p in ps if not held_out.is_common(p.goal)}
+    assert not apart(dev) & apart(test)
+    rng = np.random.default_rng(14)
+    train = [prompts.sample(rng)[0] for _ in range(20_000)]
+    assert not apart(train) & (apart(test) | apart(dev))
+    assert not {held_out.plain(p.text) for p in train} & {held_out.plain(p.text) for p in test}
+
+
+def test_training_prompts_have_no_list():
+    with pytest.raises(ValueError, match="without end"):
+        splits.prompts(Split.TRAIN)
+
+
+def test_scenes_of_any_number():
+    rng = np.random.default_rng(15)
+    for count in range(9):
+        scene = scenes.sample(rng, Split.TRAIN, count)
+        assert len(scene.things) == count and not leaks(scene)
