@@ -7,68 +7,26 @@ it. Its weights are random: its pictures are noise and its words are gibberish b
 Trajectories are pictures of 64 x 64 pixels to which every step adds a coloured shape.
 """
 
-import contextlib
 import dataclasses
-import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 
+from launch.folders import (
+    CHAT_TEMPLATE,
+    PREPROCESSOR,
+    SEEING,
+    SPECIAL,
+    VLM_TEMPLATE,
+    aside,
+    write_model,
+    write_pipeline,
+)
 from launch.runtime import run
 
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the weights")
 _MODEL = flags.DEFINE_enum("model", "klein", ["klein", "vlm", "trajectories"], "what to write")
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
-SEEING = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-VLM_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-# a picture of any size is resized to 4096 to 65536 pixels: 4 to 64 tokens
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessorFast",
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.5, 0.5, 0.5],
-    "image_std": [0.5, 0.5, 0.5],
-    "size": {"shortest_edge": 4096, "longest_edge": 65536},
-}
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}"
-)
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "use_dynamic_shifting": True,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "time_shift_type": "exponential",
-}
-INDEX = {
-    "_class_name": "Flux2KleinPipeline",
-    "_diffusers_version": "0.42.1",
-    "is_distilled": True,
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
-    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-    "transformer": ["diffusers", "Flux2Transformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKLFlux2"],
-}
 
 
 def main(argv) -> None:
@@ -88,7 +46,7 @@ def write_trajectories(out: Path, seed: int = 0) -> None:
     """
     from launch.toy_data import make
 
-    with _aside(out) as partial:
+    with aside(out) as partial:
         make(partial, count=32, steps=(1, 2, 3), size=(64, 64), seed=seed)
 
 
@@ -98,28 +56,8 @@ def write(out: Path, seed: int = 0) -> None:
     Raises:
       FileExistsError: `out` exists.
     """
-    from conversion.components import KINDS, Component
-    from conversion.sinks import write_mapped
-    from conversion.sources import TreeSource
-
-    with _aside(out) as partial:
-        for name, (config, tree) in random_weights(seed).items():
-            component = Component(name, "diffusers", partial / name, config)
-            (partial / name).mkdir(parents=True)
-            (partial / name / "config.json").write_text(component.config_text())
-            write_mapped(
-                partial / name,
-                TreeSource(tree),
-                component.table("diffusers"),
-                component.abstract(),
-                stem=KINDS[name].stem,
-            )
-        (partial / "scheduler").mkdir()
-        (partial / "scheduler" / "scheduler_config.json").write_text(
-            json.dumps(SCHEDULER, indent=2)
-        )
-        (partial / "model_index.json").write_text(json.dumps(INDEX, indent=2))
-        byte_tokenizer().save_pretrained(partial / "tokenizer")
+    with aside(out) as partial:
+        write_pipeline(partial, random_weights(seed), byte_tokenizer(), distilled=True)
 
 
 def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
@@ -138,9 +76,6 @@ def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
     from clvr_jax.models.qwen3_vl import config
     from clvr_jax.models.qwen3_vl.model import abstract_params
     from clvr_jax.tree import flatten, unflatten
-    from conversion.components import Component
-    from conversion.sinks import write_mapped
-    from conversion.sources import TreeSource
 
     tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE)
     special = lambda token: tokenizer.convert_tokens_to_ids(token)
@@ -163,38 +98,15 @@ def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
             for path, leaf in flatten(abstract_params(cfg)).items()
         }
     )
-    with _aside(out) as partial:
-        component = Component("vlm", "diffusers", partial, cfg)
-        partial.mkdir(parents=True)
-        (partial / "config.json").write_text(component.config_text())
-        (partial / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2))
-        stops = [special("<|im_end|>"), special("<|endoftext|>")]
-        generation = {"do_sample": True, "temperature": 0.7, "eos_token_id": stops}
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
-        write_mapped(
-            partial,
-            TreeSource(tree),
-            component.table("diffusers"),
-            component.abstract(),
-            stem=component.kind.stem,
-        )
-        tokenizer.save_pretrained(partial)
-
-
-@contextlib.contextmanager
-def _aside(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write, which becomes `out` when all went well."""
-    if out.exists():
-        raise FileExistsError(f"{out} exists; choose another folder or remove it")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    os.replace(partial, out)
+    with aside(out) as partial:
+        write_model(partial, cfg, tree, tokenizer, PREPROCESSOR)
 
 
 def _draw(rng: Any, path: str, shape: tuple[int, ...], layered: bool) -> Any:
     """Random numbers of a leaf, such that activations stay of order one."""
     import numpy as np
+
+    from launch.fresh import fan_in
 
     own = shape[1:] if layered else shape
     if path.endswith(("scale", "var")):
@@ -203,11 +115,8 @@ def _draw(rng: Any, path: str, shape: tuple[int, ...], layered: bool) -> Any:
         return (sharp * rng.uniform(0.8, 1.2, shape)).astype(np.float32)
     if len(own) < 2 or path.endswith("bias"):
         return (0.1 * rng.standard_normal(shape)).astype(np.float32)
-    convolution = "patch_embed" in path or (len(own) == 4 and "blocks" not in path)
-    fan_in = np.prod(own[:-1]) if convolution else own[0]
-    if path.endswith("embedding"):
-        fan_in = 1
-    return (rng.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+    inputs = 1 if path.endswith("embedding") else fan_in(path, own)
+    return (rng.standard_normal(shape) / np.sqrt(inputs)).astype(np.float32)
 
 
 def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
