@@ -103,19 +103,66 @@ def generate(
     layout = layout_of(nets, settings, [image.shape[:2] for image in references])
     count = len(prompts) * len(seeds)
 
-    texts = list(prompts) + ([""] if settings.guidance != 1.0 else [])
-    ids, lengths = tokenize(model.tokenizer, texts, settings.text_tokens)
-    text = encode_text(nets, params["text_encoder"], ids, lengths)
-    empty = text[len(prompts) :]
-    text = jnp.repeat(text[: len(prompts)], len(seeds), axis=0)
-
+    text, empty = _encoded(model, prompts, settings)
+    text = jnp.repeat(text, len(seeds), axis=0)
     tokens = reference_tokens(nets, params["vae"], references, text.dtype)
     if noise is None:
         noise = jnp.tile(draw_noise(nets, layout, seeds), (len(prompts), 1, 1, 1))
     shape = (count, *layout.noise, nets.transformer.cfg.channels)
     if noise.shape != shape:
         raise ValueError(f"noise has shape {noise.shape}, {shape} is needed")
+    images = _drawn(model, layout, settings, noise, text, empty, tokens)
+    return einops.rearrange(images, "(p s) h w c -> p s h w c", p=len(prompts))
 
+
+def generate_each(
+    model: ImageModel,
+    prompts: Sequence[str],
+    references: Sequence[Sequence[np.ndarray]],
+    seeds: Sequence[int],
+    settings: Settings | None = None,
+) -> UInt8[np.ndarray, "b height width 3"]:
+    """Return a picture for each prompt with references and a seed of its own, all in one batch.
+
+    Args:
+      model: what samples.
+      prompts: one for each picture.
+      references: the pictures that each prompt edits, (height, width, 3) in [-1, 1]; as many for
+        every prompt, and the first of all prompts of one size, and so on.
+      seeds: one for each picture.
+      settings: how to sample; the defaults suit distilled weights.
+
+    Raises:
+      ValueError: the lists differ in length, or the references in number or size.
+    """
+    settings = settings or Settings()
+    nets, params = model.networks, model.params
+    shapes = {tuple(image.shape[:2] for image in row) for row in references}
+    if len({len(prompts), len(references), len(seeds)}) > 1 or len(shapes) != 1:
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(references)} lists of references and {len(seeds)} seeds "
+            f"with references of sizes {sorted(shapes)}: one each, of the same sizes in every row"
+        )
+    layout = layout_of(nets, settings, shapes.pop())
+    text, empty = _encoded(model, prompts, settings)
+    tokens = reference_tokens(
+        nets, params["vae"], [np.stack(s) for s in zip(*references)], text.dtype
+    )
+    noise = draw_noise(nets, layout, seeds)
+    return _drawn(model, layout, settings, noise, text, empty, tokens)
+
+
+def _encoded(model: ImageModel, prompts: Sequence[str], settings: Settings) -> tuple[Any, Any]:
+    """Text features of prompts, and of the empty prompt where there is guidance."""
+    texts = list(prompts) + ([""] if settings.guidance != 1.0 else [])
+    ids, lengths = tokenize(model.tokenizer, texts, settings.text_tokens)
+    text = encode_text(model.networks, model.params["text_encoder"], ids, lengths)
+    return text[: len(prompts)], text[len(prompts) :] if settings.guidance != 1.0 else None
+
+
+def _drawn(model, layout: Layout, settings: Settings, noise, text, empty, tokens) -> Any:
+    """Denoise and decode; tokens of references are shared by all rows, or one set for each."""
+    nets, params = model.networks, model.params
     cache = None
     if layout.references and layout.rule.cacheable:
         cache = extend_cache(nets, layout, params["transformer"], model.adapters, tokens, None)
@@ -131,11 +178,10 @@ def generate(
         text,
         tokens,
         cache,
-        empty if settings.guidance != 1.0 else None,
+        empty,
         jnp.float32(settings.guidance),
     )
-    images = decode(nets, params["vae"], latents)
-    return einops.rearrange(_fetched(images), "(p s) h w c -> p s h w c", p=len(prompts))
+    return _fetched(decode(nets, params["vae"], latents))
 
 
 def layout_of(
@@ -166,9 +212,15 @@ def draw_noise(
 
 
 def reference_tokens(nets: Networks, params: Params, references, dtype) -> Latents:
-    """Return the tokens of all references side by side, (1, tokens, c)."""
+    """Return the tokens of all references side by side, (1, tokens, c).
+
+    References that are stacks (b, height, width, 3) give (b, tokens, c).
+    """
     encoded = [
-        einops.rearrange(encode_image(nets, params, image[None], dtype), "b y x c -> b (y x) c")
+        einops.rearrange(
+            encode_image(nets, params, image.reshape(-1, *image.shape[-3:]), dtype),
+            "b y x c -> b (y x) c",
+        )
         for image in references
     ]
     if not encoded:
@@ -228,7 +280,7 @@ def denoise(
     adapters: Params,
     noise: Float[Array, "b rows cols c"],
     text: Float[Array, "b s features"],
-    references: Float[Array, "one m c"],
+    references: Float[Array, "shared m c"],
     cache: Cache | None,
     empty: Float[Array, "one s features"] | None,
     guidance: Float[Array, ""],
@@ -244,8 +296,8 @@ def denoise(
       adapters: the transformer's adapter tree, may be empty.
       noise: start of every picture.
       text: features of every picture's prompt.
-      references: tokens of `layout.references`, shared by all pictures (first axis 1).
-      cache: keys and values of `layout.cached`, shared likewise, or None.
+      references: tokens of `layout.references`, of each picture or shared by all (first axis 1).
+      cache: keys and values of `layout.cached`, likewise (second axis), or None.
       empty: features of the empty prompt for guidance, or None for no guidance.
       guidance: scale of the guidance.
     """
@@ -255,11 +307,14 @@ def denoise(
     copies = 1 if empty is None else 2
     if empty is not None:  # one batch: empty prompts first
         text = jnp.concatenate([jnp.broadcast_to(empty, text.shape), text])
-    shared = lambda x, axis: jnp.broadcast_to(
-        x, (*x.shape[:axis], copies * b, *x.shape[axis + 1 :])
-    )
-    references = shared(references.astype(dtype), 0)
-    cache = jax.tree.map(lambda x: shared(x, 1), cache)
+
+    def rows(x, axis):  # of every copy of every picture
+        if x.shape[axis] == 1:
+            return jnp.broadcast_to(x, (*x.shape[:axis], copies * b, *x.shape[axis + 1 :]))
+        return jnp.concatenate([x] * copies, axis=axis)
+
+    references = rows(references.astype(dtype), 0)
+    cache = jax.tree.map(lambda x: rows(x, 1), cache)
 
     def velocity(x, t):
         image = jnp.concatenate([jnp.tile(x.astype(dtype), (copies, 1, 1)), references], axis=1)
