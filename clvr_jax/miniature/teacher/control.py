@@ -1,0 +1,173 @@
+"""The loop's turns: deciding what to do next, and telling why in the first person."""
+
+import re
+from typing import NamedTuple
+
+from clvr_jax.data.turns import MARKER, Action, Turn, marker
+from clvr_jax.miniature import edits, prompts
+from clvr_jax.miniature.edits import Edit
+from clvr_jax.miniature.goal import Goal, Group
+from clvr_jax.miniature.parse import parse_prompt
+from clvr_jax.miniature.references import Description
+from clvr_jax.miniature.teacher import phrases
+from clvr_jax.miniature.teacher.changes import changes, mark
+from clvr_jax.miniature.teacher.phrases import Rng, sentence
+from clvr_jax.miniature.teacher.policy import Policy
+from clvr_jax.miniature.teacher.sight import Sight
+from clvr_jax.miniature.words import enumerate_words, vary
+
+_IMAGE = re.compile(r"image (\d)")  # what edits call a reference, by its place
+_SAID = 3  # most faults that are told; a picture with more is a mess anyway
+
+
+class Story(NamedTuple):
+    """A goal and what was drawn for it so far.
+
+    Attributes:
+      goal: what is wanted.
+      plan: a layout for it, always the same for the same goal.
+      sights: the pictures.
+    """
+
+    goal: Goal
+    plan: tuple[Group, ...]
+    sights: tuple[Sight, ...] = ()
+
+    @property
+    def done(self) -> bool:
+        """Whether the last picture is right."""
+        return bool(self.sights) and self.sights[-1].shows(self.goal)
+
+    def upto(self, count: int) -> "Story":
+        """Return the story when it had so many pictures."""
+        return self._replace(sights=self.sights[:count])
+
+    @property
+    def best(self) -> int:
+        """Index of the picture nearest to the goal, the later one of equals."""
+        badness = self.badness
+        return min(range(len(badness)), key=lambda i: (badness[i], -i))
+
+    @property
+    def badness(self) -> list[float]:
+        """How far each picture is from the goal."""
+        return [sight.badness(self.goal) for sight in self.sights]
+
+
+def turn(story: Story, policy: Policy, rng: Rng) -> str:
+    """Return the next turn in the trained format."""
+    action = decide(story, policy, rng)
+    if action is None:
+        return Turn(closing(story, rng), stop=True).text()
+    return Turn(tell(story, action, rng), action, len(story.sights) + 1).text()
+
+
+def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
+    """Return what to do next, None to stop."""
+    goal, sights = story.goal, story.sights
+    if story.done:
+        return None
+    complicated = goal.count >= policy.complicated
+    if not sights:
+        stepwise = complicated and rng.random() < policy.stepwise
+        return _generate(story, int(rng.integers(1, 4)) if stepwise else 0, rng)
+    best = story.best
+    hopeless = not sights[best].tidy or len(sights[best].faults(goal)) > policy.hopeless
+    vain = len(sights) - 1 - best
+    if hopeless or (vain and vain % policy.patience == 0):
+        return _generate(story, goal.count // 2 if complicated else 0, rng)
+    found = changes(goal, sights[best], story.plan, rng)
+    if not found:
+        return _generate(story, 0, rng)
+    edit = found[0]
+    if edit.kind == "add" and rng.random() < policy.bring:
+        brought = _bring(story, edit)
+        if brought:
+            source, edit = brought
+            numbers = source + 1, best + 1
+            text = _IMAGE.sub(lambda i: marker(numbers[int(i[1]) - 1]), edits.write(edit, rng))
+            return Action(kind="edit", prompt=text, references=numbers)
+    return Action(kind="edit", prompt=edits.write(edit, rng), references=(best + 1,))
+
+
+def _generate(story: Story, later: int, rng: Rng) -> Action:
+    """Draw from nothing: all in other words, or the plan without its last things (half at most)."""
+    goal = story.goal
+    if later:
+        goal = Goal(story.plan[: goal.count - min(later, goal.count // 2)])
+    return Action(kind="generate", prompt=prompts.write(goal, rng))
+
+
+def _bring(story: Story, add: Edit) -> tuple[int, Edit] | None:
+    """Return an earlier picture that has what is to be added, and the edit that takes it there."""
+    _, _, _, *where = new = add.becomes
+    for index, sight in enumerate(story.sights):
+        fitting = [thing for thing in sight.clear.things if new.fits(thing)]
+        if fitting and index != story.best:
+            thing = mark(sight.scene, fitting[0])
+            return index, Edit("bring", thing, Description(None, None, None, *where))
+    return None
+
+
+def by_place(action: Action) -> str:
+    """Return an action's prompt with its references called by their places, "image 1"."""
+    return MARKER.sub(lambda m: f"image {action.references.index(int(m[1])) + 1}", action.prompt)
+
+
+def tell(story: Story, action: Action, rng: Rng) -> str:
+    """Return why an action is taken: what is seen, what is right and wrong, what comes next."""
+    if not story.sights:
+        return _opening(story, action, rng)
+    last, base = len(story.sights), action.references[-1] if action.references else None
+    parts = [*_judge(story, rng), _see(story, rng)]
+    if base is None:
+        return sentence(*parts, *_wrong(story, last, rng), vary(rng, phrases.ANEW))
+    if base < last:
+        parts.append(vary(rng, phrases.BACK).format(image=marker(base)))
+    order = action.prompt.rstrip(".")
+    order = (order[0].lower() + order[1:]).removeprefix("please ")
+    act = vary(rng, phrases.ACT).format(edit=order) + vary(rng, phrases.KEEP)
+    return sentence(*parts, *_wrong(story, base, rng), act)
+
+
+def closing(story: Story, rng: Rng) -> str:
+    """Return the last narrative."""
+    faults = [vary(rng, phrases.DONE)] if story.done else _wrong(story, len(story.sights), rng)
+    return sentence(*_judge(story, rng), _see(story, rng), *faults, vary(rng, phrases.STOP))
+
+
+def _opening(story: Story, action: Action, rng: Rng) -> str:
+    count = vary(rng, phrases.COUNT).format(things=phrases.several(story.goal.count))
+    drawn = parse_prompt(action.prompt).count
+    if drawn == story.goal.count:
+        return sentence(count, vary(rng, phrases.WHOLE))
+    places = enumerate_words([phrases.some(rng, group) for group in story.plan])
+    plan = vary(rng, phrases.PLAN).format(things=places)
+    return sentence(count, plan, vary(rng, phrases.BEGIN).format(some=phrases.several(drawn)))
+
+
+def _judge(story: Story, rng: Rng) -> list[str]:
+    """Say what the last change did."""
+    if len(story.sights) < 2:
+        return []
+    before, after = min(story.badness[:-1]), story.badness[-1]
+    forms = phrases.WORKED if after < before else phrases.SAME if after == before else phrases.WORSE
+    return [vary(rng, forms)]
+
+
+def _see(story: Story, rng: Rng) -> str:
+    return f"{vary(rng, phrases.SEE)} {phrases.inventory(rng, story.sights[-1].scene)}"
+
+
+def _wrong(story: Story, number: int, rng: Rng) -> list[str]:
+    """Say how much of picture `number` is right, and what is wrong."""
+    goal, sight = story.goal, story.sights[number - 1]
+    faults = sight.faults(goal)
+    bad = {fault.thing for fault in faults}
+    right = sum(thing not in bad for thing in goal.assign(sight.scene).things if thing)
+    count = vary(rng, phrases.SOME_RIGHT).format(
+        right=phrases.number(right), all=phrases.number(goal.count)
+    )
+    said = [clause for _, clause in phrases.wrong(rng, goal, sight)]
+    more = f", {vary(rng, phrases.MORE)}" if len(said) > _SAID else ""
+    return [count, enumerate_words(said[:_SAID]) + more]

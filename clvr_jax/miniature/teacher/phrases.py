@@ -1,0 +1,159 @@
+"""The teacher's own language: everything it says beside prompts and edits."""
+
+from collections import Counter
+
+import numpy as np
+
+from clvr_jax.miniature.goal import ATTRIBUTES, CELL_NAMES, Fault, Goal, Group
+from clvr_jax.miniature.references import say
+from clvr_jax.miniature.scene import Scene, Thing
+from clvr_jax.miniature.scenes import pick
+from clvr_jax.miniature.teacher.changes import mark
+from clvr_jax.miniature.teacher.sight import Sight
+from clvr_jax.miniature.words import (
+    NUMBERS,
+    RELATION_WORDS,
+    enumerate_words,
+    kind_words,
+    noun_phrase,
+    place_phrase,
+    vary,
+)
+
+Rng = np.random.Generator
+
+SEE = ("I see", "the picture shows", "now I see", "in the picture I see")
+NOTHING = ("nothing", "nothing at all")
+WORKED = ("that worked", "the last change worked", "good, this is better")
+SAME = ("that did not help", "the last change did not work")
+WORSE = ("that made it worse", "the last change did harm")
+SOME_RIGHT = ("{right} of {all} are right", "so far {right} of {all} are right")
+MISSING = ("{group} is missing", "{group} is not there")
+MISSING_SOME = ("{group} are missing", "{group} are not there")
+WRONG = {
+    "extra": ("{thing} is not asked for", "{thing} should not be there"),
+    "colour": ("{thing} should be {wanted}", "{thing} has the wrong colour, it should be {wanted}"),
+    "size": ("{thing} should be {wanted}", "{thing} has the wrong size, it should be {wanted}"),
+    "looks": ("{thing} should be {wanted}", "{thing} is wrong, it should be {wanted}"),
+    "place": ("{thing} should be {wanted}", "{thing} is in the wrong place, not {wanted}"),
+    "relation": ("{thing} should be {wanted}", "{thing} is not {wanted}"),
+    "unclear": ("{thing} is not clear", "{thing} is not clean"),
+}
+UNTIDY = ("the picture is not clean", "the picture is a mess")
+MORE = ("and more is wrong", "and that is not all")
+ACT = ("so I {edit}", "I {edit}", "next I {edit}", "now I {edit}")
+KEEP = ("", " and keep the rest", " and keep all else as it is")
+BACK = ("{image} was better, so I go back to it", "I go back to {image}, it was better")
+ANEW = ("I draw a new picture", "it is better to draw it anew", "I begin again with a new picture")
+WHOLE = ("I draw all of it at once", "I draw it in one picture", "I try all at once")
+COUNT = ("I need {things}", "the picture needs {things}", "I have to draw {things}")
+PLAN = ("I plan the places first: {things}", "this is my plan: {things}")
+BEGIN = ("I begin with {some}, the rest comes later", "first I draw {some} and later the rest")
+DONE = ("all is right", "this is what was asked for", "nothing is missing and nothing is wrong")
+STOP = ("I stop here", "I am done", "so I stop")
+
+NO_FAULT = "nothing is wrong"
+SAME_PICTURE = "nothing has changed"
+GONE = ("{thing} is gone", "{thing} is not there any more")
+NEW = ("{thing} is new", "{thing} has been added")
+MOVED = ("{thing} is now {place}", "{thing} has moved, it is now {place}")
+BECAME = ("{thing} is now {other}", "{thing} has become {other}")
+SHOWS = ("the picture shows", "there is", "I see", "this is a picture of")
+WHICH = ("in the first picture", "in the second picture")
+BOTH_RIGHT = ("both are right", "both show all that was asked for")
+BOTH_WRONG = ("both are wrong", "both have the same number of faults")
+
+
+def sentence(*clauses: str) -> str:
+    """Return clauses, the empty ones left out, as sentences."""
+    return " ".join(f"{clause[0].upper()}{clause[1:]}." for clause in clauses if clause)
+
+
+def a(rng: Rng, thing: Thing, sized: bool = True) -> str:
+    """Return "a small red star"."""
+    return article(kind_words(rng, thing.shape, thing.colour, thing.size if sized else None))
+
+
+def article(words: str) -> str:
+    """Return "a star", "an orange star"; `noun_phrase` may count it."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def spot(rng: Rng, cell: int) -> str:
+    """Return "in the top left corner": the words for one cell."""
+    return place_phrase(rng, CELL_NAMES[cell])
+
+
+def placed(rng: Rng, thing: Thing) -> str:
+    """Return "a small red star in the top left corner"."""
+    return f"{a(rng, thing)} {spot(rng, thing.cell)}"
+
+
+def the(rng: Rng, thing: Thing, scene: Scene) -> str:
+    """Return words that name a thing of the scene and no other: "the red star"."""
+    return say(rng, mark(scene, thing))
+
+
+def some(rng: Rng, group: Group) -> str:
+    """Return "two red stars in the top row"."""
+    words = noun_phrase(rng, *group[:4])
+    return f"{words} {place_phrase(rng, group.place)}" if group.place else words
+
+
+def number(count: int) -> str:
+    """Return "none", "one", "two"."""
+    return NUMBERS[count - 1] if count else "none"
+
+
+def several(count: int) -> str:
+    """Return "one thing", "three things"."""
+    return f"{number(count)} thing{'s' * (count != 1)}"
+
+
+def inventory(rng: Rng, scene: Scene) -> str:
+    """Return "a red star and two blue rings": what is there, in order, without sizes and places."""
+    counts = Counter((thing.shape, thing.colour) for thing in scene.things)
+    items = [noun_phrase(rng, count, *kind) for kind, count in counts.items()]
+    return enumerate_words(items) if items else pick(rng, NOTHING)
+
+
+def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
+    """Return the kinds ("colour", "shape and size") and the words of what is wrong.
+
+    Missing things of one group are said together, and so is all that is wrong with the looks of
+    one thing.
+    """
+    together: dict[tuple, list[Fault]] = {}
+    for fault in sight.faults(goal):
+        what = "looks" if fault.kind in ATTRIBUTES else fault.kind
+        together.setdefault((what, *fault[1:]), []).append(fault)
+    said = []
+    for faults in together.values():
+        kinds = dict.fromkeys(fault.kind for fault in faults)
+        said.append((" and ".join(kinds), _wrong(rng, goal, sight.scene, faults)))
+    return said + [("unclear", vary(rng, UNTIDY))] * (not sight.tidy)
+
+
+def _wrong(rng: Rng, goal: Goal, scene: Scene, faults: list[Fault]) -> str:
+    """Return faults of one thing, or of the missing things of one group, as a clause."""
+    kind, index, thing, relation = faults[0]
+    group = None if index is None else goal.groups[index]
+    if kind == "missing":
+        form = vary(rng, MISSING if len(faults) == 1 else MISSING_SOME)
+        return form.format(group=some(rng, group._replace(count=len(faults))))
+    if len(faults) > 1 or kind == "shape":
+        kind = "looks"
+    form, wanted = vary(rng, WRONG[kind]), ""
+    if kind == "relation":
+        served = dict(zip(*goal.assign(scene)[:2], strict=True))
+        word = vary(rng, RELATION_WORDS[relation.word])
+        wanted = f"{word} {the(rng, served[relation.second], scene)}"
+    elif kind == "place":
+        wanted = place_phrase(rng, group.place)
+    elif kind == "looks":
+        wrong = {fault.kind for fault in faults}
+        said = [getattr(group if name in wrong else thing, name) for name in ("shape", "colour")]
+        wanted = article(kind_words(rng, *said, group.size if "size" in wrong else None))
+    elif kind in ATTRIBUTES:
+        wanted = getattr(group, kind)
+    return form.format(thing=the(rng, thing, scene), wanted=wanted)

@@ -1,0 +1,24 @@
+"""How the teacher plans, and when it gives a picture up."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What is for the user of the teacher to choose.
+
+    Attributes:
+      stepwise: share of the complicated prompts that are planned over several steps; the others
+        are asked for whole at first, in other words.
+      complicated: things from which on a prompt is complicated.
+      hopeless: a picture with more faults than this is drawn anew.
+      patience: every so many pictures in vain after the best one, all is drawn anew.
+      bring: share of the missing things that an earlier picture has in a free place which are
+        taken from there.
+    """
+
+    stepwise: float = 0.5
+    complicated: int = 4
+    hopeless: int = 4
+    patience: int = 3
+    bring: float = 0.5
