@@ -1,0 +1,123 @@
+"""Evaluate weights on a benchmark: pass rates with intervals, and a page of pictures.
+
+python -m launch.evaluate miniature --weights=FOLDER --split=test
+
+Writes results.json (every number, every verdict) and index.html (a contact sheet to open in a
+browser) into a folder.
+"""
+
+import argparse
+import datetime
+import sys
+from pathlib import Path
+
+FILES = ("results.json", "index.html")  # what the folder holds
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    _miniature_options(
+        benchmarks.add_parser(
+            "miniature",
+            help="prompts, edits and VAE on the world of shapes, pictures of 64x64",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    )
+    options = parser.parse_args(argv)
+    from launch.runtime import readable_errors
+
+    with readable_errors():
+        return {"miniature": _miniature}[options.benchmark](options)
+
+
+def _miniature_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--weights", required=True, help="pipeline or run folder, or hub id")
+    add("--split", default="test", choices=("test", "dev", "held_out"), help="of the world")
+    add("--count", type=int, default=0, help="prompts of each kind; 0: all")
+    add("--edits", type=int, default=200, help="edits of each kind; 0: none")
+    add("--renders", type=int, default=500, help="scenes through the VAE; 0: none")
+    add("--steps", type=int, default=28, help="of the sampler")
+    add("--guidance", type=float, default=4.0, help="1: none, as distilled weights want it")
+    add("--seed", type=int, default=0, help="added to the number of each prompt")
+    add("--batch", type=int, default=50, help="pictures drawn together, at most")
+    add("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of the weights")
+    add("--out", help="folder to write (outputs/miniature-SPLIT-DATE-TIME if not given)")
+    add("--overwrite", action="store_true", help="replace the results in --out")
+
+
+def _miniature(options: argparse.Namespace) -> int:
+    stamp = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out = Path(options.out or f"outputs/miniature-{options.split}-{stamp}")
+    check_out(out, options.overwrite)
+    if options.steps < 1 or options.guidance < 1:
+        raise ValueError(
+            f"steps {options.steps} and guidance {options.guidance} must each be at least 1 "
+            "(guidance 1 means none)"
+        )
+    from launch.runtime import use_compile_cache
+
+    use_compile_cache()
+    from clvr_jax.miniature.held_out import Split
+    from launch import build
+    from launch.bench import machine
+    from launch.evaluation import miniature, page, pipeline, view
+
+    plan = miniature.Plan(
+        Split(options.split),
+        options.count,
+        options.edits,
+        options.renders,
+        options.seed,
+        options.batch,
+    )
+    weights = build.inspect_weights(options.weights)
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    if weights.distilled and options.guidance != 1.0:
+        say("note: these weights are distilled; they want --steps=4 --guidance=1")
+    environment = machine.environment("launch.evaluate")
+    model = build.load_image_model(weights, dtype=build.resolve_dtype(options.dtype))
+    parts = pipeline.parts_of(weights, model, options.steps, options.guidance)
+    evaluation = miniature.evaluate(parts, plan)
+    about = {
+        "benchmark": "miniature",
+        "settings": {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")},
+        "weights": {
+            "path": str(weights.found.path),
+            "kind": weights.found.kind,
+            "fingerprints": pipeline.fingerprints(weights),
+            "text_lengths": list(parts.buckets),
+        },
+        "environment": environment,
+    }
+    view.show(evaluation)
+    view.write(out / FILES[0], about, evaluation)
+    page.write(out / FILES[1], about, evaluation)
+    print(out / FILES[1])
+    return 0
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something already.
+
+    Raises:
+      FileExistsError: it is a file, or it holds something and `overwrite` is not given.
+    """
+    held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; --out is a folder")
+    if held and not overwrite:
+        raise FileExistsError(
+            f"{out} exists and holds {', '.join(held[:3])}{' ...' * (len(held) > 3)}; choose "
+            "another --out, or give --overwrite to replace its results"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The miniature's own benchmark: prompts, edits and the VAE, on splits of the world of shapes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from clvr_jax.miniature import detect, detect_eval, samples, scenes, scores
+from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.prompts import KINDS, Prompt
+from clvr_jax.miniature.readings import Readings, agreement
+from clvr_jax.miniature.render import keys, render
+from clvr_jax.miniature.splits import prompts
+from clvr_jax.statistics import rate
+from launch.evaluation.sampling import Draw, Job, draw_all, groups, total_speed
+
+BUCKETS = (32, 48, 96)  # text lengths of weights that have none recorded
+_RENDERS = 20_260_200  # seed of the scenes that show the VAE's ceiling
+_CHUNK = 128  # pictures rendered or encoded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is evaluated.
+
+    Attributes:
+      split: of the world.
+      count: prompts of each kind, from the first; 0 for all.
+      edits: edits of each kind; 0 for none.
+      renders: scenes through the VAE; 0 for none.
+      seed: added to the seeds of all pictures.
+      batch: pictures of a call at most.
+    """
+
+    split: Split
+    count: int = 0
+    edits: int = 200
+    renders: int = 500
+    seed: int = 0
+    batch: int = 50
+
+    def __post_init__(self):
+        if min(self.count, self.edits, self.renders, self.seed) < 0 or self.batch < 1:
+            raise ValueError(f"{self}: numbers must not be negative, and batch at least 1")
+
+
+class Parts(NamedTuple):
+    """What is evaluated, as functions.
+
+    Attributes:
+      draw: draws a batch.
+      tokens: returns the lengths of texts, template included.
+      bucket: returns the text length for a number of tokens.
+      recode: takes pictures through the VAE and back.
+      buckets: all text lengths.
+    """
+
+    draw: Draw
+    tokens: Callable[[list[str]], list[int]]
+    bucket: Callable[[int], int]
+    recode: Callable[[np.ndarray], np.ndarray]
+    buckets: tuple[int, ...] = BUCKETS
+
+
+class Drawn(NamedTuple):
+    """A part of the evaluation with what it was made from.
+
+    Attributes:
+      report: numbers, for the result file.
+      asked: prompts or cases.
+      given: pictures given to each, for edits.
+      pictures: drawn.
+      verdicts: on each.
+      readings: of the evaluation detector.
+    """
+
+    report: dict[str, Any]
+    asked: list[Any]
+    given: list[tuple[np.ndarray, ...]]
+    pictures: np.ndarray
+    verdicts: list[Any]
+    readings: Readings
+
+
+class Ceiling(NamedTuple):
+    """What the VAE alone keeps.
+
+    Attributes:
+      report: numbers, for the result file.
+      before: renders.
+      after: the same, through the VAE and back.
+      exact: whether the evaluation detector reads `after` as the scene it shows.
+    """
+
+    report: dict[str, Any]
+    before: np.ndarray
+    after: np.ndarray
+    exact: np.ndarray
+
+
+class Evaluation(NamedTuple):
+    """All parts; edits and ceiling are None if not asked for."""
+
+    prompts: Drawn
+    edits: Drawn | None
+    ceiling: Ceiling | None
+
+
+def evaluate(parts: Parts, plan: Plan) -> Evaluation:
+    """Evaluate all that is planned."""
+    ceiling = vae_ceiling(parts, plan) if plan.renders else None
+    drawn = draw_prompts(parts, plan)
+    return Evaluation(drawn, draw_edits(parts, plan) if plan.edits else None, ceiling)
+
+
+def draw_prompts(parts: Parts, plan: Plan) -> Drawn:
+    """Draw the prompts of a split, a picture each, and judge them."""
+    numbered = _chosen(prompts(plan.split), plan.count)
+    asked = [prompt for _, prompt in numbered]
+    jobs = [Job(prompt.text, number + plan.seed) for number, prompt in numbered]
+    pictures, speed = _draw(parts, plan, jobs, "prompts")
+    readings, other = detect_eval.detect(pictures), detect.detect(pictures)
+    verdicts = [scores.judge(prompt.goal, readings, i) for i, prompt in enumerate(asked)]
+    passed = np.array([verdict.passed for verdict in verdicts])
+    also = np.array([scores.judge(p.goal, other, i).passed for i, p in enumerate(asked)])
+    report = {
+        **scores.prompt_report(asked, verdicts),
+        "speed": {**total_speed(speed), "shapes": speed},
+        "agreement": {**agreement(readings, other), "verdicts": float(np.mean(passed == also))},
+        "items": [
+            {
+                "number": number,
+                "kind": prompt.kind,
+                "complexity": round(prompt.complexity, 3),
+                "prompt": prompt.text,
+                "seed": job.seed,
+                **verdict._asdict(),
+                "passed_by_other_detector": bool(other_passed),
+                "codes": readings.codes[i].tolist(),
+            }
+            for i, ((number, prompt), job, verdict, other_passed) in enumerate(
+                zip(numbered, jobs, verdicts, also, strict=True)
+            )
+        ],
+    }
+    return Drawn(report, asked, [()] * len(asked), pictures, verdicts, readings)
+
+
+def draw_edits(parts: Parts, plan: Plan) -> Drawn:
+    """Draw edits of renders of true scenes, all kinds, and judge them."""
+    per_kind = {kind: scores.cases(plan.split, kind, plan.edits) for kind in scores.EDITS}
+    asked = [case for cases in per_kind.values() for case in cases]
+    numbers = [i for cases in per_kind.values() for i in range(len(cases))]
+    flat = [picture for case in asked for picture in case.shown]
+    shown = iter(rendered(flat))
+    given = [tuple(next(shown) for _ in case.shown) for case in asked]
+    jobs = [
+        Job(case.text, number + plan.seed, pictures)
+        for case, number, pictures in zip(asked, numbers, given, strict=True)
+    ]
+    pictures, speed = _draw(parts, plan, jobs, "edits")
+    readings = detect_eval.detect(pictures)
+    verdicts = [scores.judge_edit(case, readings, i) for i, case in enumerate(asked)]
+    report = {
+        **scores.edit_report(asked, verdicts),
+        "speed": {**total_speed(speed), "shapes": speed},
+        "items": [
+            {
+                "number": number,
+                "kind": case.kind,
+                "instruction": case.text,
+                "seed": job.seed,
+                **verdict._asdict(),
+                "given": [picture.codes.tolist() for picture in case.shown],
+                "codes": readings.codes[i].tolist(),
+            }
+            for i, (number, case, job, verdict) in enumerate(
+                zip(numbers, asked, jobs, verdicts, strict=True)
+            )
+        ],
+    }
+    return Drawn(report, asked, given, pictures, verdicts, readings)
+
+
+def vae_ceiling(parts: Parts, plan: Plan) -> Ceiling:
+    """Return the shares of scenes read exactly before and after the VAE, by both detectors.
+
+    No picture that a transformer draws can be expected to be better than these.
+    """
+    drawn = []
+    for number in range(plan.renders):
+        rng = samples.generator(_RENDERS, number)
+        scene = scenes.sample(rng, plan.split)
+        drawn.append(samples.Picture(scene.codes(), int(rng.integers(2**32))))
+    codes = np.stack([picture.codes for picture in drawn])
+    before = rendered(drawn)
+    after = np.concatenate(
+        [
+            parts.recode(_padded(before[i : i + _CHUNK]))[: len(before) - i]
+            for i in range(0, len(before), _CHUNK)
+        ]
+    )
+    report: dict[str, Any] = {"scenes": plan.renders}
+    for name, pictures in (("renders", before), ("recoded", after)):
+        exact = scores.exact(detect_eval.detect(pictures), codes)
+        reward = scores.exact(detect.detect(pictures), codes)
+        report[name] = {"evaluation": rate(exact), "reward": rate(reward)}
+    error = np.abs(before.astype(int) - after)
+    report["mean_error_levels"] = round(float(error.mean()), 3)
+    return Ceiling(report, before, after, exact)
+
+
+def rendered(pictures: list[samples.Picture]) -> np.ndarray:
+    """Return the pixels of pictures."""
+    parts = []
+    for i in range(0, len(pictures), _CHUNK):
+        part = pictures[i : i + _CHUNK]
+        codes = _padded(np.stack([picture.codes for picture in part]))
+        seeds = _padded(np.array([picture.seed for picture in part], np.uint32))
+        parts.append(np.asarray(render(codes, keys(seeds)))[: len(part)])
+    return np.concatenate(parts)
+
+
+def _chosen(listed: tuple[Prompt, ...], count: int) -> list[tuple[int, Prompt]]:
+    """The first prompts of each kind with their numbers in the list."""
+    numbered = list(enumerate(listed))
+    of = lambda kind: [(i, prompt) for i, prompt in numbered if prompt.kind == kind]
+    return [each for kind in KINDS for each in of(kind)[: count or None]]
+
+
+def _draw(parts: Parts, plan: Plan, jobs: list[Job], what: str) -> tuple[np.ndarray, list[Any]]:
+    tokens = parts.tokens([job.text for job in jobs])
+    found = groups(jobs, tokens, parts.bucket, plan.batch)
+    return draw_all(parts.draw, jobs, found, what)
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """Repeat rows up to a whole chunk, so that one program serves all."""
+    return np.resize(values, (_CHUNK, *values.shape[1:]))

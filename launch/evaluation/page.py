@@ -1,0 +1,188 @@
+"""An evaluation as a page: tables, and pictures that passed and failed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.report.evaluation import Card, Gallery, Section, Table, Tile, evaluation_page
+from clvr_jax.report.page import png_uri
+from clvr_jax.statistics import Rate
+from launch.evaluation.miniature import Ceiling, Drawn, Evaluation
+from launch.evaluation.view import CEILING, references, speed, tiers
+from launch.pictures import write_text
+
+MOST = 6  # cards of one kind that passed, and as many that failed
+_PICKED = "The first ones of each kind by number, passed and failed; none is chosen."
+_PAIR = ("evaluation detector", "reward detector")
+
+
+def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
+    """Write the page, one file."""
+    settings, weights = about["settings"], about["weights"]
+    sections = [_prompts(evaluation.prompts)]
+    if evaluation.edits:
+        sections.append(_edits(evaluation.edits))
+    if evaluation.ceiling:
+        sections.append(_ceiling(evaluation.ceiling))
+    html = evaluation_page(
+        f"Miniature, {settings['split'].replace('_', '-')} split",
+        f"{weights['path']}: {settings['steps']} steps, guidance {settings['guidance']:g}, seed "
+        f"{settings['seed']}. Rates are of what the evaluation detector reads in the pictures.",
+        list(_tiles(evaluation)),
+        sections,
+        list(_facts(about)),
+    )
+    write_text(file, html)
+
+
+def _tiles(evaluation: Evaluation) -> Iterator[Tile]:
+    report = evaluation.prompts.report
+    yield _rate_tile("prompts passed", report["overall"])
+    if evaluation.edits:
+        yield _rate_tile(
+            "single edits passed", evaluation.edits.report["references"]["1"]["passed"]
+        )
+    if evaluation.ceiling:
+        yield _rate_tile("VAE ceiling", evaluation.ceiling.report["recoded"]["evaluation"])
+    yield Tile("detectors agree", _percent(report["agreement"]["verdicts"]), "on pass or fail")
+    found = report["speed"]
+    note = f"compiling apart, {found['compile_s']:.0f} s"
+    yield Tile("pictures per second", f"{found['pictures_per_s']:.3g}", note)
+
+
+def _rate_tile(label: str, rate: Rate) -> Tile:
+    ends = f"{100 * rate.low:.1f} – {100 * rate.high:.1f}, {rate.passed} of {rate.trials}"
+    return Tile(label, _percent(rate.value), ends)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _prompts(drawn: Drawn) -> Section:
+    report, agree = drawn.report, drawn.report["agreement"]
+    total = report["overall"].trials
+    faults = sorted(report["faults"].items(), key=lambda fault: -fault[1]["pictures"])
+    tables = [
+        Table("By task", ("task", "passed"), [*report["kinds"].items()]),
+        Table(
+            "By complexity",
+            ("tier", "passed"),
+            [*tiers(report), ("all", report["overall"])],
+            "V ln V + E + 0.1 words: things, what is said of them and relations, length.",
+        ),
+        Table(
+            "What is wrong",
+            ("fault", "pictures", "times"),
+            [
+                (
+                    kind,
+                    f"{found['pictures']} ({_percent(found['pictures'] / total)})",
+                    found["times"],
+                )
+                for kind, found in faults
+                if found["times"]
+            ],
+            "A picture may have several.",
+        ),
+        Table(
+            "Two detectors agree",
+            ("on", "share"),
+            [
+                ("pass or fail", _percent(agree["verdicts"])),
+                ("whether a picture is clean", _percent(agree["clean"])),
+                ("all cells of a picture", _percent(agree["pictures"])),
+                ("all cells, both call it clean", _percent(agree["clean_pictures"])),
+                ("single cells", _percent(agree["cells"])),
+            ],
+        ),
+    ]
+    galleries = []
+    for kind, rate in report["kinds"].items():
+        numbers = [i for i, prompt in enumerate(drawn.asked) if prompt.kind == kind]
+        cards = []
+        for i in _some(numbers, drawn.verdicts):
+            item, verdict = report["items"][i], drawn.verdicts[i]
+            source = f"no. {item['number']}, seed {item['seed']}"
+            notes = tuple(words for _, words in verdict.faults)
+            shown = (("", png_uri(drawn.pictures[i])),)
+            cards.append(Card(drawn.asked[i].text, verdict.passed, shown, _few(notes), source))
+        galleries.append(Gallery(kind, rate, cards))
+    return Section("Prompts", f"{speed(report['speed'])}. {_PICKED}", tables, galleries)
+
+
+def _edits(drawn: Drawn) -> Section:
+    report = drawn.report
+    fields = ("passed", "changed", "kept")
+    rows = [*report["kinds"].items(), *(references(n, r) for n, r in report["references"].items())]
+    table = Table(
+        "By kind of edit",
+        ("edit", *fields),
+        [(name, *(rates[field] for field in fields)) for name, rates in rows],
+        "Passed: the picture is clean, the change is made, and all else is as it was. Changed: the "
+        "change is made, whatever else happened. Kept: all else is as it was.",
+    )
+    galleries = []
+    for kind, rates in report["kinds"].items():
+        numbers = [i for i, case in enumerate(drawn.asked) if case.kind == kind]
+        cards = []
+        for i in _some(numbers, drawn.verdicts):
+            item, verdict = report["items"][i], drawn.verdicts[i]
+            labels = ("before",) if len(drawn.given[i]) == 1 else ("image 1", "image 2")
+            shown = [
+                *zip(labels, map(png_uri, drawn.given[i])),
+                ("after", png_uri(drawn.pictures[i])),
+            ]
+            source = f"no. {item['number']}, seed {item['seed']}"
+            text = drawn.asked[i].text
+            cards.append(Card(text, verdict.passed, tuple(shown), _few(verdict.faults), source))
+        galleries.append(Gallery(kind, rates["passed"], cards))
+    text = f"On renders of true scenes. {speed(report['speed'])}. {_PICKED}"
+    return Section("Edits", text, [table], galleries)
+
+
+def _ceiling(ceiling: Ceiling) -> Section:
+    report = ceiling.report
+    rows = [
+        (words, *(report[name][d] for d in ("evaluation", "reward")))
+        for name, words in CEILING.items()
+    ]
+    note = f"The VAE changes a pixel by {report['mean_error_levels']:.2f} grey levels on average."
+    table = Table("Read exactly", ("pictures", *_PAIR), rows, note)
+    numbers = [*np.flatnonzero(ceiling.exact)[:MOST], *np.flatnonzero(~ceiling.exact)[:MOST]]
+    cards = []
+    for i in numbers:
+        shown = ("render", png_uri(ceiling.before[i])), ("recoded", png_uri(ceiling.after[i]))
+        cards.append(Card(f"scene {i}", bool(ceiling.exact[i]), shown))
+    gallery = Gallery("renders and their reconstructions", report["recoded"]["evaluation"], cards)
+    text = (
+        f"Renders of {report['scenes']} scenes, and the same encoded and decoded: what no drawn "
+        "picture can be expected to be better than."
+    )
+    return Section("VAE ceiling", text, [table], [gallery])
+
+
+def _some(numbers: list[int], verdicts: list[Any]) -> list[int]:
+    """The first few that passed, then the first few that failed."""
+    split = [[i for i in numbers if verdicts[i].passed is wanted] for wanted in (True, False)]
+    return [i for part in split for i in part[:MOST]]
+
+
+def _few(notes: tuple[str, ...], most: int = 4) -> tuple[str, ...]:
+    return notes if len(notes) <= most else (*notes[: most - 1], f"{len(notes) - most + 1} more")
+
+
+def _facts(about: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    environment, weights = about["environment"], about["weights"]
+    yield "command", environment["command"]
+    yield "weights", f"{weights['path']} ({weights['kind']})"
+    for name, fingerprint in weights["fingerprints"].items():
+        yield name.replace("_", " "), fingerprint
+    yield "text lengths", ", ".join(map(str, weights["text_lengths"]))
+    yield "date", environment["date"]
+    yield "commit", str(environment["commit"])
+    device = f"{environment['devices']} x {environment['device']}"
+    yield "device", f"{device}, {environment['processor']}, {environment['cores']} cores"
+    yield "versions", ", ".join(f"{name} {v}" for name, v in environment["versions"].items())

@@ -1,0 +1,105 @@
+"""An evaluation as tables on the terminal, and as a result file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from clvr_jax.statistics import Rate
+from launch.evaluation.miniature import Evaluation
+from launch.pictures import write_text
+
+
+def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
+    """Write everything as JSON."""
+    parts = {
+        "prompts": evaluation.prompts.report,
+        "edits": evaluation.edits and evaluation.edits.report,
+        "vae": evaluation.ceiling and evaluation.ceiling.report,
+    }
+    write_text(file, json.dumps({**about, **_plain(parts)}, indent=1) + "\n")
+
+
+def show(evaluation: Evaluation, console: Console | None = None) -> None:
+    """Print the tables."""
+    console = console or Console(width=100)
+    report = evaluation.prompts.report
+    rows = [("all", report["overall"]), *report["kinds"].items(), *tiers(report)]
+    console.print(_table("prompts", ("passed",), [(name, (rate,)) for name, rate in rows]))
+    faults = ", ".join(
+        f"{kind} {found['times']} in {found['pictures']}"
+        for kind, found in report["faults"].items()
+    )
+    console.print(f"faults (times, pictures): {faults}", highlight=False)
+    agree = report["agreement"]
+    console.print(
+        f"the two detectors agree on {agree['verdicts']:.1%} of verdicts, {agree['pictures']:.1%} "
+        f"of pictures, {agree['cells']:.2%} of cells",
+        highlight=False,
+    )
+    if evaluation.edits:
+        edits = evaluation.edits.report
+        rows = [
+            *edits["kinds"].items(),
+            *(references(n, r) for n, r in edits["references"].items()),
+        ]
+        fields = ("passed", "changed", "kept")
+        cells = [(name, [rates[field] for field in fields]) for name, rates in rows]
+        console.print(_table("edits", fields, cells))
+    if evaluation.ceiling:
+        vae = evaluation.ceiling.report
+        rows = [(name, [vae[name]["evaluation"], vae[name]["reward"]]) for name in CEILING]
+        rows = [(CEILING[name], rates) for name, rates in rows]
+        console.print(_table("VAE", ("evaluation detector", "reward detector"), rows))
+    for name, drawn in (("prompts", evaluation.prompts), ("edits", evaluation.edits)):
+        if drawn:
+            console.print(f"{name}: {speed(drawn.report['speed'])}", highlight=False)
+
+
+CEILING = {"renders": "renders", "recoded": "after the VAE"}
+
+
+def tiers(report: dict[str, Any]) -> list[tuple[str, Rate]]:
+    """Return the rates of tiers with their names in words."""
+    return [(f"tier {name}", rate) for name, rate in report["tiers"].items()]
+
+
+def references(number: str, rates: dict[str, Rate]) -> tuple[str, dict[str, Rate]]:
+    """Return a row of a number of references."""
+    return (f"with {number} reference{'s' * (number != '1')}", rates)
+
+
+def speed(found: dict[str, Any]) -> str:
+    """Return a speed in words."""
+    return (
+        f"{found['pictures_per_s']:.3g} pictures/s ({found['pictures']} in "
+        f"{found['drawing_s']:.0f} s), compiling {found['compile_s']:.0f} s apart"
+    )
+
+
+def _table(title: str, fields: tuple[str, ...], rows: Any) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for field in fields:
+        table.add_column(field, justify="right")
+        table.add_column("95 %", style="dim")
+    table.add_column("of", justify="right")
+    for name, rates in rows:
+        cells = [
+            text
+            for rate in rates
+            for text in (f"{rate.value:.1%}", f"{100 * rate.low:.1f} - {100 * rate.high:.1f}")
+        ]
+        table.add_row(name, *cells, str(rates[0].trials))
+    return table
+
+
+def _plain(value: Any) -> Any:
+    """Rates as objects, for JSON."""
+    if isinstance(value, Rate):
+        return value.as_dict()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
