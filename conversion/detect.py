@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import clvr_jax
 from conversion import hub, infer, runs
 from conversion.components import KINDS, Component, recognise
 
@@ -14,6 +15,8 @@ MANIFEST = "clvr.json"
 INDEX = "model_index.json"
 CONDITIONING = "conditioning.json"  # how the inputs of trained weights are made
 ORBAX = "params"  # folder of the Orbax leaves inside a converted component
+# what comes with the package, by the name that stands for its folder
+SHIPPED = {"miniature": "klein", "miniature-vlm": "vlm"}
 SHARED = ("tokenizer", "scheduler", INDEX)  # what is copied as it is
 
 
@@ -50,7 +53,7 @@ def find(
     """Return what is at a path or in a hub repository.
 
     Args:
-      source: a folder, a safetensors file, or `org/name` on the hub.
+      source: a folder, a safetensors file, `org/name` on the hub, or a name in `SHIPPED`.
       wanted: components to look at; None for all that the pipeline names.
       base: a pipeline whose config.json a single file without one may use, where sizes agree.
       complete: refuse a pipeline that lacks a wanted component; else take what is there, with the
@@ -62,6 +65,8 @@ def find(
       hub.HubError: a repository could not be had.
     """
     path = Path(source)
+    if str(source) in SHIPPED and not path.exists():
+        path = Path(clvr_jax.__file__).parent / "miniature" / "weights" / SHIPPED[str(source)]
     if at := runs.place(path):
         return _run(at, wanted, complete)
     if not path.exists():

@@ -16,6 +16,7 @@ from absl import app, flags
 
 from launch.runtime import config_flag, run, use_compile_cache
 
+STAGES = ("image", "vlm", "world_vae", "world_klein", "world_vlm")
 _CONFIG = config_flag("image_sft.py")
 _WORKDIR = flags.DEFINE_string("workdir", None, "folder of the run")
 _RESUME = flags.DEFINE_bool("resume", False, "go on with the run in --workdir, if there is one")
@@ -36,8 +37,8 @@ def main(argv) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}")
     config = _CONFIG.value
-    if config.stage not in ("image", "vlm"):
-        raise ValueError(f"stage is {config.stage!r}; choose image or vlm")
+    if config.stage not in STAGES:
+        raise ValueError(f"stage is {config.stage!r}; choose from {', '.join(STAGES)}")
     if _DRY_RUN.value:
         from launch.training import dry_run
 

@@ -13,7 +13,7 @@ from clvr_jax.train import metrics, optim
 from clvr_jax.train.step import Settings
 from launch import build
 from launch.bench.machine import limits_of
-from launch.training import image, vlm
+from launch.training import image, vlm, world, world_vlm
 from launch.training.run import Job
 from launch.training.select import selection
 from launch.training.stage import Data, Stage
@@ -54,7 +54,6 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
             "previews need the text encoder and the VAE, which data.features keeps off the "
             "devices; give --config.preview.every=0, or no features"
         )
-    shows = config.preview.every > 0 and config.preview.samples > 0
     if config.stage == "image":
         weights = image.find(config)
         nets = image.networks(config, weights)
@@ -62,11 +61,19 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
         read = lambda path, **options: image.data(
             path, config, nets, weights, rows, process, **options
         )
+    elif config.stage in world.STAGES:
+        weights = world.find(config)
+        nets = world.networks(config, weights)
+        stage = world.stage(config, nets, weights)
+        read = lambda path, **options: world.data(
+            path, config, nets, weights, rows, process, **options
+        )
     else:
         weights = vlm.find(config)
         nets = vlm.networks(config, weights)
         stage = vlm.stage(config, nets, weights)
-        read = lambda path, **options: vlm.data(
+        drawn = config.stage == "world_vlm"
+        read = lambda path, **options: (world_vlm.data if drawn else vlm.data)(
             path, config, nets, weights, rows, process, **options
         )
     data = read(config.data.train, **length)
@@ -81,7 +88,7 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
     writes = jax.process_index() == 0
     if config.stage == "image" and config.preview.every > 0:
         preview = image.previews(config, nets, weights, held_out or data, writes)
-    elif shows:
+    elif config.stage == "vlm" and config.preview.every > 0 and config.preview.samples > 0:
         preview = vlm.previews(config, nets, weights, held_out or data, mesh, writes)
     return make_job(config, stage, len(data.steps), mesh), data, held_out, preview
 

@@ -65,6 +65,10 @@ TRANSFORMER_VARIANTS = {
     "tiny": TransformerConfig(
         4, 16, double_blocks=2, single_blocks=3, text_width=96, channels=16, rope_axes=(4, 4, 4, 4)
     ),
+    # of pictures of 64 x 64 pixels: tokens much narrower than the network, or noise never leaves
+    "miniature": TransformerConfig(
+        4, 32, double_blocks=2, single_blocks=4, text_width=384, channels=32, rope_axes=(8, 8, 8, 8)
+    ),
 }
 
 
@@ -100,6 +104,7 @@ VAE_VARIANTS = {
     "klein": VaeConfig(),
     "small_decoder": VaeConfig(decoder_widths=(96, 192, 384, 384)),
     "tiny": VaeConfig(widths=(16, 24, 32, 32), latent_channels=4, groups=4, layers_per_block=1),
+    "miniature": VaeConfig(widths=(8, 16, 32, 64), latent_channels=8, groups=4, layers_per_block=1),
 }
 
 

@@ -74,6 +74,28 @@ VARIANTS = {
         vision_end=501,
         video_token=504,
     ),
+    # patches of 8 pixels, so that a picture of 64 x 64 is 16 tokens
+    "miniature": Qwen3VLConfig(
+        Qwen3Config(
+            768,
+            192,
+            4,
+            6,
+            2,
+            32,
+            512,
+            5e6,
+            1e-6,
+            tied=True,
+            max_positions=4096,
+            mrope_section=(6, 5, 5),
+        ),
+        VisionConfig(96, 2, 3, 256, 8, 2, 2, 192, 64, (0,)),
+        image_token=7,
+        vision_start=5,
+        vision_end=6,
+        video_token=8,
+    ),
 }
 
 # our names of sizes and config.json's

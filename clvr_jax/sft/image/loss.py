@@ -99,7 +99,8 @@ def conditions(
 ) -> tuple[Float[Array, "b s features"], Latents, list[Float[Array, "b _ c"]]]:
     """Return text features, and the latents of the target and of each reference in float32.
 
-    They are read from the batch where it holds them, and computed where it holds ids and pixels.
+    They are read from the batch where it holds them, and computed without gradients where it holds
+    ids and pixels.
     """
     if "text" in batch:
         text, grids = batch["text"], [batch["latents"], *batch["reference_latents"]]
@@ -107,7 +108,7 @@ def conditions(
         text = encode_text(networks, frozen["text_encoder"], batch["ids"], batch["lengths"])
         pixels = [batch["pixels"], *batch["reference_pixels"]]
         grids = encode_pictures(networks, frozen["vae"], pixels)
-    text, grids = jax.lax.stop_gradient((text, grids))
+        text, grids = jax.lax.stop_gradient((text, grids))
     x0, *references = [
         constrain(einops.rearrange(z, "b y x c -> b (y x) c"), "batch", None, None) for z in grids
     ]

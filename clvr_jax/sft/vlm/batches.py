@@ -43,16 +43,56 @@ def make(
       LoadError: an example cannot be read, or needs more room than was planned; names it.
     """
     rows = rows_of_process(step.rows, *process)
-    batch = empty(rows.shape[:2], step.static, cfg)
+    filling = Filling(rows.shape[:2], step.static, cfg)
     for at in np.ndindex(rows.shape[:2]):
-        row, start, image = {name: leaf[at] for name, leaf in batch.items()}, 0, 0
-        for segment, index in enumerate(rows[at][rows[at] != FILLING].tolist(), 1):
+        for index in rows[at][rows[at] != FILLING].tolist():
             with naming(f"example {index}"):
-                example = read(index)
-                _check(example, step.static, start, image)
-                _lay(row, example, start, image, segment, cfg)
-            start, image = start + len(example.ids), image + len(example.pictures)
-    return batch
+                filling.add(at, read(index))
+    return filling.arrays
+
+
+class Filling:
+    """Rows that examples are put into, one behind the other.
+
+    Attributes:
+      arrays: the batch.
+
+    Args:
+      lead: leading axes, (accumulation, rows).
+      shape: room of a row.
+      cfg: sizes of the vision tower.
+    """
+
+    def __init__(self, lead: Sequence[int], shape: Shape, cfg: VisionConfig):
+        self._shape, self._cfg = shape, cfg
+        self.arrays = empty(lead, shape, cfg)
+        # tokens, images and examples that a row holds
+        self._used = np.zeros((*lead, 3), np.int64)
+
+    def fits(self, at: tuple[int, ...], example: Example) -> bool:
+        """Whether there is room in a row."""
+        tokens, images, patches = example.size
+        used, room = self._used[at], self._shape
+        inside = used[0] + tokens <= room.tokens and used[1] + images <= room.images
+        return bool(inside and patches <= room.patches)
+
+    def add(self, at: tuple[int, ...], example: Example) -> None:
+        """Put an example into a row.
+
+        Raises:
+          ValueError: there is no room.
+        """
+        start, image, before = self._used[at].tolist()
+        if not self.fits(at, example):
+            tokens, images, patches = example.size
+            raise ValueError(
+                f"its {tokens} tokens and {images} images of up to {patches} patches do not fit "
+                f"behind {start} tokens and {image} images into {self._shape}; it changed since "
+                "the run was planned"
+            )
+        row = {name: leaf[at] for name, leaf in self.arrays.items()}
+        _lay(row, example, start, image, before + 1, self._cfg)
+        self._used[at] += (len(example.ids), len(example.pictures), 1)
 
 
 def empty(lead: Sequence[int], shape: Shape, cfg: VisionConfig) -> Arrays:
@@ -71,15 +111,6 @@ def empty(lead: Sequence[int], shape: Shape, cfg: VisionConfig) -> Arrays:
         for name, leaf in zip(PLACES, (known.taps, known.weights, known.rows, known.lengths)):
             batch[name] = np.broadcast_to(leaf, (*lead, images, *leaf.shape[1:])).copy()
     return batch
-
-
-def _check(example: Example, shape: Shape, start: int, image: int) -> None:
-    tokens, images, patches = example.size
-    if start + tokens > shape.tokens or image + images > shape.images or patches > shape.patches:
-        raise ValueError(
-            f"its {tokens} tokens and {images} images of up to {patches} patches do not fit behind "
-            f"{start} tokens and {image} images into {shape}; it changed since the run was planned"
-        )
 
 
 def _lay(row: Arrays, example: Example, start: int, image: int, segment: int, cfg) -> None:

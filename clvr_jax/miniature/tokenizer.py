@@ -1,0 +1,71 @@
+"""The miniature's tokenizer: byte-level BPE as Qwen's, with its special tokens, trained here."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.miniature import edits, prompts, scenes
+from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.reading import conversation
+
+VOCABULARY = 768
+# in this order from 0 on; the sizes of the models name some by number
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def train(texts: Iterable[str], template: str) -> Any:
+    """Return a tokenizer (transformers) of at most `VOCABULARY` tokens; it encodes any text.
+
+    Args:
+      texts: what it is to be short for.
+      template: the chat template, Jinja.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=SPECIAL[0],
+        eos_token=SPECIAL[2],
+        padding_side="right",
+        chat_template=template,
+    )
+
+
+def corpus(count: int = 2000, seed: int = 0) -> list[str]:
+    """Return texts of the world from a seed: prompts, edits, conversations, and what frames them.
+
+    Args:
+      count: prompts, and as many edits; a quarter as many conversations.
+      seed: of all draws.
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, count]))
+    texts = ["system", "user", "assistant", "\n\n"] * count  # of the chat template
+    for _ in range(count):
+        texts.append(prompts.sample(rng, None, Split.TRAIN)[0].text)
+        scene = scenes.sample(rng, Split.TRAIN, int(rng.integers(1, 8)))
+        texts.append(edits.sample(rng, scene, None, Split.TRAIN)[1])
+    for _ in range(count // 4):
+        texts += [message.text for message in conversation(rng).messages]
+    return texts

@@ -1,0 +1,71 @@
+"""The miniature's networks from nothing: its VAE, its klein, its Qwen3-VL, on a world of shapes.
+
+python -m launch.miniature --out=outputs/miniature                  # every stage, one after another
+python -m launch.train --config=configs/miniature.py:vae --workdir=runs/vae \
+  --config.weights=FOLDER                                           # one of them
+
+Variants: `vae`; `klein` (transformer and text encoder, together; the VAE is frozen); `vlm`
+(reading pictures). Nothing is read from a disk but the first weights, which `launch.miniature`
+draws at random: a row of a step is a number, and all of it comes from that and the seed.
+"""
+
+import ml_collections as mlc
+
+_STEPS = {"vae": 3000, "klein": 4500, "vlm": 6000}
+_ROWS = {"vae": 16, "klein": 64, "vlm": 4}
+_RATE = {"vae": 3e-3, "klein": 2e-3, "vlm": 2e-3}
+
+
+def get_config(variant: str = "klein") -> mlc.ConfigDict:
+    """Return the config of a variant."""
+    if variant not in _STEPS:
+        raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_STEPS)}")
+    section = lambda **fields: mlc.ConfigDict(fields)
+    c = mlc.ConfigDict(dict(stage=f"world_{variant}"))
+    c.sizes = "miniature"  # what the weights must be; empty: whatever they are
+    c.weights = "outputs/miniature/begin"  # a folder or run: what is trained on from, what is kept
+    c.seed = 0
+    c.epochs = 0  # there are none: data never repeat
+    c.steps = _STEPS[variant]
+    c.data = section(train="train", validation="", threads=1)  # splits of the world
+    if variant == "klein":
+        c.text = (32, 48, 112)  # text lengths; a prompt takes the smallest that it fits into
+        # steps of a round: prompts, edits, edits with a second reference
+        c.tasks = section(prompts=8, edits=5, brings=2)
+        c.times = section(distribution="logit_normal", mean=0.0, std=1.0)
+        c.times.shift = "dynamic"
+        c.times.weighting = "none"
+        c.dropout = 0.1  # share of rows without text, for guidance
+    if variant == "vlm":
+        c.data.tokens = 768  # of a row; several conversations share one
+        c.data.images = 16  # of a row
+        c.template = section(enable_thinking=False)  # names for the chat template
+        c.chunk = 512  # tokens whose scores over the vocabulary exist at once
+    c.batch = section(rows=_ROWS[variant], accumulation=1)  # rows: per device, data and fsdp
+    c.train = "^(encoder|decoder|quant_conv|post_quant_conv)/" if variant == "vae" else ".*"
+    c.lora = section(rank=0, alpha=0.0, pattern=r"kernel$")
+    c.precision = "float32"  # float32, mixed, bfloat16
+    c.ema = 0.999
+    c.remat = "none"  # none, full, attention, dots
+    c.attention = "reference"  # sequences are short
+    c.optim = section(
+        name="adamw",
+        learning_rate=_RATE[variant],
+        schedule="cosine",
+        warmup=0.02,  # steps, or a share of all below 1
+        end=0.01,
+        momentum=(0.9, 0.99),
+        eps=1e-8,
+        weight_decay=0.01,
+        decay=r"(kernel|embedding|/a|/b)$",
+        clip_norm=1.0,
+        groups=(),  # ((pattern, factor of the learning rate), ...)
+        moments="float32",  # or bfloat16
+    )
+    c.mesh = section(data=1, fsdp=-1, tensor=1, context=1)  # -1: the devices that are left
+    c.log = 50
+    c.save = section(every=500, last=2, keep_every=0, best=0, metric="loss", folder="")
+    c.validation = section(every=0, steps=16)  # needs data.validation
+    c.preview = section(every=0)  # there are none: `launch.evaluate miniature` shows more
+    c.trackers = ()  # tensorboard, wandb
+    return c

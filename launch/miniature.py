@@ -1,0 +1,34 @@
+"""Make the miniature: every network from nothing, by the ordinary trainer, on a world of shapes.
+
+  python -m launch.miniature --out=outputs/miniature [--preset=quick]
+
+Each stage is a run of `launch.train` in a folder of its own; a stage that is finished is not done
+again, one that was interrupted goes on from its last checkpoint. At the end `OUT/klein` is a
+pipeline as diffusers writes it, and `OUT/vlm` a model as transformers does.
+"""
+
+from pathlib import Path
+
+from absl import app, flags
+
+from launch.runtime import run, use_compile_cache
+
+_OUT = flags.DEFINE_string("out", "outputs/miniature", "folder of all stages")
+_PRESET = flags.DEFINE_enum("preset", "full", ["full", "quick"], "how long each stage trains")
+_STAGES = flags.DEFINE_list("stages", [], "only these stages, of those that `--help` names")
+_SEED = flags.DEFINE_integer("seed", 0, "of first weights and data")
+
+
+def main(argv) -> None:
+    """Run what is not there yet."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    from launch.recipe import Recipe
+
+    use_compile_cache()
+    recipe = Recipe(Path(_OUT.value), _PRESET.value, _SEED.value)
+    recipe.run(_STAGES.value)
+
+
+if __name__ == "__main__":
+    run(main)

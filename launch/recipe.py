@@ -1,0 +1,194 @@
+"""The stages of the miniature, in order, and the folder in which each leaves what it made."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from launch import fresh
+from launch.folders import (
+    CHAT_TEMPLATE,
+    PREPROCESSOR,
+    VLM_TEMPLATE,
+    aside,
+    write_component,
+    write_model,
+    write_pipeline,
+)
+from launch.pictures import write_text
+
+# optimiser steps of each training, by preset
+STEPS = {
+    "full": {"vae": 3000, "klein": 4500, "vlm": 6000},
+    "quick": {"vae": 600, "klein": 1500, "vlm": 1000},
+}
+_STATISTICS = 2048  # pictures that the VAE's latents are normalised by
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All of it, in a folder.
+
+    Attributes:
+      out: folder of everything.
+      preset: of `STEPS`.
+      seed: of first weights and data.
+    """
+
+    out: Path
+    preset: str = "full"
+    seed: int = 0
+
+    @property
+    def stages(self) -> dict[str, Callable[[Path], None]]:
+        """What makes the folder of each stage, in order."""
+        return {
+            "begin": self.begin,
+            "vae": self.vae,
+            "klein": self.klein,
+            "vlm_begin": self.vlm_begin,
+            "vlm": self.vlm,
+            "weights": self.weights,
+        }
+
+    def run(self, only: Sequence[str] = ()) -> None:
+        """Make what is not there yet.
+
+        Args:
+          only: names of stages; none for all.
+
+        Raises:
+          ValueError: a name is unknown.
+          RuntimeError: a training ended with an error, which it printed.
+        """
+        unknown = [name for name in only if name not in self.stages]
+        if unknown:
+            raise ValueError(f"unknown stages {unknown}; there are {', '.join(self.stages)}")
+        for name, make in self.stages.items():
+            if only and name not in only:
+                continue
+            folder = self.out / name
+            if folder.exists():
+                print(f"{folder}: there already", flush=True)
+                continue
+            began = time.perf_counter()
+            make(folder)
+            self._record(name, time.perf_counter() - began)
+
+    def _record(self, stage: str, seconds: float) -> None:
+        """Add what a stage cost, and on what, to recipe.json."""
+        from launch.bench.machine import environment
+
+        print(f"{self.out / stage}: made in {seconds:.0f} s", flush=True)
+        file = self.out / "recipe.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        cost = {"seconds": round(seconds), "preset": self.preset, "seed": self.seed}
+        known[stage] = {**cost, **environment("launch.miniature")}
+        write_text(file, json.dumps(known, indent=2) + "\n")
+
+    def begin(self, folder: Path) -> None:
+        """Write a klein of random weights with a trained tokenizer."""
+        from clvr_jax.miniature import tokenizer
+
+        weights = self._fresh("transformer", "vae", "text_encoder")
+        words = tokenizer.train(tokenizer.corpus(), CHAT_TEMPLATE)
+        with aside(folder) as partial:
+            write_pipeline(partial, weights, words, distilled=False)
+
+    def vlm_begin(self, folder: Path) -> None:
+        """Write a Qwen3-VL of random weights with the same tokenizer."""
+        from launch import build
+
+        (config, tree), words = (
+            self._fresh("vlm")["vlm"],
+            build.load_tokenizer(self.out / "begin" / "tokenizer"),
+        )
+        words.chat_template = VLM_TEMPLATE
+        vision = config.vision
+        side = vision.patch * vision.merge
+        sizes = {
+            "patch_size": vision.patch,
+            "merge_size": vision.merge,
+            "temporal_patch_size": vision.temporal_patch,
+            "size": {"shortest_edge": side**2, "longest_edge": (16 * side) ** 2},
+        }
+        with aside(folder) as partial:
+            write_model(partial, config, tree, words, PREPROCESSOR | sizes)
+
+    def vlm(self, folder: Path) -> None:
+        """Train the Qwen3-VL, and write it."""
+        self._exported(folder, self._train("vlm", self.out / "vlm_begin"))
+
+    def vae(self, folder: Path) -> None:
+        """Train the VAE, measure its latents, and write a klein with it."""
+        from clvr_jax.miniature import autoencoder, samples
+        from clvr_jax.miniature.render import keys, render
+        from clvr_jax.models.flux2.vae import Vae
+        from conversion.load import load
+        from launch import build
+
+        trained = self._train("vae", self.out / "begin")
+        found = build.inspect_weights(str(trained)).found.components["vae"]
+        params = load(found.open(), found.abstract(), ())
+        rows = range(_STATISTICS)
+        drawings = [samples.drawing(samples.generator(self.seed, row), 0).target for row in rows]
+        codes = np.stack([drawing.codes for drawing in drawings])
+        pictures = render(codes, keys(np.array([drawing.seed for drawing in drawings])))
+        params = autoencoder.statistics(Vae(found.config), params, pictures)
+        self._replaced(folder, self.out / "begin", {"vae": (found.config, params)})
+
+    def klein(self, folder: Path) -> None:
+        """Train transformer and text encoder, and write the pipeline."""
+        trained = self._train("klein", self.out / "vae")
+        self._exported(folder, trained)
+
+    def weights(self, folder: Path) -> None:
+        """Write both once more in bfloat16, as they come with the package."""
+        with aside(folder) as partial:
+            partial.mkdir()
+            for name in ("klein", "vlm"):
+                self._exported(partial / name, self.out / name, "--dtype=bfloat16")
+
+    def _fresh(self, *names: str):
+        """First weights of components at the miniature's sizes."""
+        from conversion.components import KINDS
+
+        return fresh.weights({n: KINDS[n].variants["miniature"] for n in names}, self.seed)
+
+    def _train(self, variant: str, weights: Path, **options: object) -> Path:
+        """Run `launch.train`, or go on with it; return the folder of the run."""
+        run = self.out / "runs" / variant
+        steps = STEPS[self.preset][variant]
+        given = {"weights": weights, "steps": steps, "seed": self.seed, **options}
+        command = [
+            *(sys.executable, "-m", "launch.train"),
+            *(f"--config=configs/miniature.py:{variant}", f"--workdir={run}", "--resume"),
+            *(f"--config.{name}={value}" for name, value in given.items()),
+        ]
+        print(" ".join(map(str, command[1:])), flush=True)
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise RuntimeError(f"the training of {variant} ended with exit code {code}")
+        return run
+
+    def _exported(self, folder: Path, source: Path, *options: str) -> None:
+        """Write a run or a folder as one in the released layout."""
+        command = [sys.executable, "-m", "conversion", str(source), str(folder), *options]
+        command.append("--to=diffusers")
+        code = subprocess.run(command, check=False).returncode
+        if code:
+            raise RuntimeError(f"writing {folder} ended with exit code {code}")
+
+    def _replaced(self, folder: Path, base: Path, weights) -> None:
+        """Write a pipeline folder with some components replaced."""
+        with aside(folder) as partial:
+            shutil.copytree(base, partial)
+            for name, (config, tree) in weights.items():
+                shutil.rmtree(partial / name)
+                write_component(partial / name, name, config, tree)
