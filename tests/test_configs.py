@@ -86,3 +86,17 @@ def test_guidance_embeds_must_be_said_because_the_reference_defaults_to_true():
     del values["guidance_embeds"]
     with pytest.raises(ValueError, match="guidance_embeds"):
         flux2.transformer_from_json(values)
+
+
+def test_a_text_encoder_says_which_layers_are_read():
+    cfg = qwen3.VARIANTS["miniature"]
+    values = qwen3.to_json(cfg)
+    assert values["text_encoder_out_layers"] == [1, 2, 3] and cfg.feature_width == 3 * cfg.width
+    assert qwen3.from_json(values) == cfg
+    assert "text_encoder_out_layers" not in qwen3.to_json(qwen3.VARIANTS["qwen3_4b"])
+
+
+def test_tokens_of_the_miniature_are_much_narrower_than_its_transformer():
+    dit, autoencoder = flux2.TRANSFORMER_VARIANTS["miniature"], flux2.VAE_VARIANTS["miniature"]
+    assert dit.channels == 4 * autoencoder.latent_channels <= dit.width / 4
+    assert dit.text_width == qwen3.VARIANTS["miniature"].feature_width

@@ -11,7 +11,7 @@ from PIL import Image
 from clvr_jax.diffusion import sampler, schedule
 from clvr_jax.generate import image as generation
 from clvr_jax.generate import references
-from clvr_jax.generate.image import ImageModel, Networks, Settings, generate
+from clvr_jax.generate.image import ImageModel, Networks, Settings, generate, generate_each
 from clvr_jax.generate.prompt import tokenize
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
@@ -63,6 +63,29 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model):
     other = generate(model, ["b c"], [], [5], SMALL)
     assert np.abs(batch[1, 1].astype(int) - other[0, 0]).mean() > 5
     assert np.abs(batch[0, 0].astype(int) - batch[1, 0]).mean() > 0.1
+
+
+@pytest.mark.parametrize("pattern", ["full", "kv"])
+def test_each_picture_of_a_batch_has_its_own_references(model, pattern):
+    settings = dataclasses.replace(SMALL, pattern=pattern, guidance=2.0)
+    rows = [[reference(64, 80, i), reference(64, 64, 9 - i)] for i in range(3)]
+    prompts, seeds = ["a cup", "two", "a cup"], [3, 4, 5]
+    together = generate_each(model, prompts, rows, seeds, settings)
+    for i, row in enumerate(rows):
+        alone = generate(model, [prompts[i]], row, [seeds[i]], settings)[0, 0]
+        assert np.abs(together[i].astype(int) - alone).max() <= 1
+    swapped = generate_each(model, prompts, rows[::-1], seeds, settings)
+    assert np.abs(together[0].astype(int) - swapped[0]).max() > 1, "references count"
+    plain = generate_each(model, prompts, [[], [], []], seeds, settings)
+    none = generate(model, prompts[:1], [], seeds[:1], settings)[0, 0]
+    assert np.abs(plain[0].astype(int) - none).max() <= 1
+
+
+def test_rows_of_different_references_are_refused(model):
+    with pytest.raises(ValueError, match="the same sizes in every row"):
+        generate_each(model, ["a", "b"], [[reference(64, 64)], []], [1, 2], SMALL)
+    with pytest.raises(ValueError, match="1 prompts, 2 lists of references and 2 seeds"):
+        generate_each(model, ["a"], [[], []], [1, 2], SMALL)
 
 
 def test_references_and_their_order_matter(model):

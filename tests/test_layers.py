@@ -9,7 +9,16 @@ from clvr_jax import tree
 from clvr_jax.models.flux2.config import STACKED, TransformerConfig
 from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Transformer
-from clvr_jax.models.layers import REMAT, GroupNorm, Linear, RMSNorm, layer_norm, sinusoid, unstack
+from clvr_jax.models.layers import (
+    REMAT,
+    GroupNorm,
+    Linear,
+    RMSNorm,
+    layer_norm,
+    product,
+    sinusoid,
+    unstack,
+)
 
 CFG = TransformerConfig(2, 8, 1, 2, text_width=12, channels=6, rope_axes=(2, 2, 2, 2))
 LAYOUT = Layout(3, (2, 2), ((1, 2),))
@@ -66,6 +75,34 @@ def test_unrolled_layers_equal_scanned_ones(inputs):
     one = Transformer(CFG).apply({"params": params}, *arrays, LAYOUT)
     other = Transformer(CFG, scan=False).apply({"params": apart}, *arrays, LAYOUT)
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_several_layers_traced_at_once_equal_one(inputs):
+    params, arrays = inputs
+
+    def gradient(scan):
+        net = Transformer(CFG, scan=scan)
+        loss = lambda p: jnp.mean(net.apply({"params": p}, *arrays, LAYOUT) ** 2)
+        return tree.flatten(jax.jit(jax.grad(loss))(params))
+
+    one, all_at_once = gradient(1), gradient(8)
+    for path, leaf in one.items():
+        np.testing.assert_allclose(leaf, all_at_once[path], rtol=1e-4, atol=1e-7)
+
+
+def test_a_product_is_the_same_on_flat_rows_and_on_a_mesh():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (4, 3, 6)), jax.random.normal(keys[1], (6, 2, 5))
+    value = lambda x, kernel: jnp.sum(jnp.tanh(product(x, kernel)))
+    flat = jax.value_and_grad(value, (0, 1))(x, kernel)
+    assert "reshape" in str(jax.make_jaxpr(value)(x, kernel))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh):
+        assert "reshape" not in str(jax.make_jaxpr(value)(x, kernel)), "would mix spread axes"
+        spread = jax.jit(jax.value_and_grad(value, (0, 1)))(x, kernel)
+    for a, b in zip(jax.tree.leaves(flat), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(product(x, kernel), jnp.tensordot(x, kernel, 1), rtol=1e-6)
 
 
 def test_an_adapter_adds_its_product():

@@ -173,15 +173,16 @@ def sinusoid(t: Float[Array, "b"], width: int, period: float = 10000.0) -> Float
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def stack(block, length: int, in_axes, *, scan: bool, remat: str = "none"):
+def stack(block, length: int, in_axes, *, scan: int, remat: str = "none"):
     """Return a function that runs `length` layers of `block` on (carry, per-layer, *shared).
 
     Args:
       block: a module class whose call takes (carry, x, *shared) and returns (carry, y).
       length: number of layers.
       in_axes: `nn.scan`'s in_axes for (x, *shared): 0 or nn.broadcast each.
-      scan: trace one layer over parameters stacked on a leading axis under `name`; or unroll, with
-        the parameters of layer i under `name_i` (serving: weights are read where they lie).
+      scan: trace so many layers, over parameters stacked on a leading axis under `name`: one, or
+        several where compiling takes no time and small layers do not pay for a loop; or 0 for none,
+        with the parameters of layer i under `name_i` (serving: weights are read where they lie).
       remat: what the backward pass keeps of a layer, a key of `REMAT`.
 
     Raises:
@@ -198,6 +199,7 @@ def stack(block, length: int, in_axes, *, scan: bool, remat: str = "none"):
             split_rngs={"params": True},
             in_axes=in_axes,
             length=length,
+            unroll=min(scan, length),
         )
 
         def run(name, *fields):

@@ -9,7 +9,14 @@ from clvr_jax.tree import flatten, unflatten
 from clvr_jax.weights import SafetensorsReader, WeightsError
 from conversion.lazy import Joined
 from conversion.sinks import write_mapped, write_orbax
-from conversion.sources import MappedSource, OrbaxSource, TreeSource, fingerprint, leaves
+from conversion.sources import (
+    MappedSource,
+    OrbaxSource,
+    Together,
+    TreeSource,
+    fingerprint,
+    leaves,
+)
 from tests.conversion import toy
 
 
@@ -218,3 +225,19 @@ def test_types_can_be_changed_and_mixed_types_are_kept(tmp_path):
     )
     wide = {name: value.astype(np.float32) for name, value in tensors.items()}
     assert_same_tensors(load_file(tmp_path / "f.safetensors"), wide)
+
+
+def test_checkpoints_together_are_read_under_roots_of_their_own(tmp_path):
+    names = ("transformer", "vae")
+    parts = {}
+    for name in names:
+        toy.save_sharded(tmp_path / name, toy.tensors(name, "diffusers"), "model", 2)
+        parts[name] = mapped(tmp_path / name, toy.component(name), "diffusers")
+    both = Together(parts)
+    for name in names:
+        part = toy.component(name)
+        for path, layer, _ in leaves(part.abstract(), part.stacked):
+            expected = np.array(parts[name].read(path, layer))
+            np.testing.assert_array_equal(np.array(both.read(f"{name}/{path}", layer)), expected)
+    both.release()
+    both.close()

@@ -38,13 +38,13 @@ class Transformer(nn.Module):
       cfg: sizes.
       remat: what the backward pass keeps of a block (`clvr_jax.models.layers.REMAT`).
       implementation: attention implementation, None to choose by device and shape.
-      scan: stacked parameters and one traced block, or unrolled blocks (see `layers.stack`).
+      scan: stacked parameters and so many traced blocks, or 0 for blocks apart (`layers.stack`).
     """
 
     cfg: TransformerConfig
     remat: str = "none"
     implementation: str | None = None
-    scan: bool = True
+    scan: int = 1
 
     def __call__(
         self,

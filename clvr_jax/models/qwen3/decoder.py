@@ -52,13 +52,13 @@ class Decoder(nn.Module):
       cfg: sizes; `cfg.layers` may be fewer than the checkpoint's where later ones are not used.
       remat: what the backward pass keeps of a layer (`clvr_jax.models.layers.REMAT`).
       implementation: attention implementation, None to choose by device and shape.
-      scan: stacked parameters and one traced layer, or unrolled layers.
+      scan: stacked parameters and so many traced layers, or 0 for layers apart (`layers.stack`).
     """
 
     cfg: Qwen3Config
     remat: str = "none"
     implementation: str | None = None
-    scan: bool = True
+    scan: int = 1
 
     @nn.compact
     def __call__(

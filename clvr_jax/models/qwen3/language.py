@@ -30,7 +30,7 @@ class LanguageModel(nn.Module):
     cfg: Qwen3Config
     remat: str = "none"
     implementation: str | None = None
-    scan: bool = True
+    scan: int = 1
     fused: bool = False
 
     @nn.compact

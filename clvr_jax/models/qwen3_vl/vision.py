@@ -59,7 +59,7 @@ class Vision(nn.Module):
     cfg: VisionConfig
     remat: str = "none"
     implementation: str | None = None
-    scan: bool = True
+    scan: int = 1
 
     @nn.compact
     def __call__(
