@@ -49,7 +49,12 @@ class Difference(NamedTuple):
 def rate(passes: Iterable[bool] | Bool[np.ndarray, "n"], level: float = 0.95) -> Rate:
     """Return the share of passes with its interval."""
     flags = [bool(each) for each in passes]
-    return Rate(sum(flags), len(flags), *wilson(sum(flags), len(flags), level))
+    return rate_of(sum(flags), len(flags), level)
+
+
+def rate_of(passed: int, trials: int, level: float = 0.95) -> Rate:
+    """Return a share that was counted with its interval; see `wilson` for errors."""
+    return Rate(passed, trials, *wilson(passed, trials, level))
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
@@ -60,7 +65,7 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, flo
     """
     _check(level)
     if not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials")
+        raise ValueError(f"{successes} successes of {trials} trials; give from 0 to all of them")
     if not trials:
         return 0.0, 1.0
     interval = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
@@ -81,11 +86,7 @@ def mcnemar(a: Results, b: Results) -> float:
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
-def paired_difference(
-    a: Results,
-    b: Results,
-    level: float = 0.95,
-) -> Difference:
+def paired_difference(a: Results, b: Results, level: float = 0.95) -> Difference:
     """Return how far two shares of the same cases differ, with an interval.
 
     It is method 10 of Newcombe (1998), "Improved confidence intervals for the difference between
@@ -93,7 +94,8 @@ def paired_difference(
     intervals, squared and added, less what the two have in common.
 
     Raises:
-      ValueError: they are not of the same cases, there are none, or the level is not one.
+      ValueError: they are not of the same cases, there are none, or the level is not
+        between 0 and 1.
     """
     both, only_a, only_b, neither = _table(a, b)
     n = both + only_a + only_b + neither

@@ -4,16 +4,22 @@ python -m launch.miniature --out=outputs/miniature                  # every stag
 python -m launch.train --config=configs/miniature.py:vae --workdir=runs/vae \
   --config.weights=FOLDER                                           # one of them
 
-Variants: `vae`; `klein` (transformer and text encoder, together; the VAE is frozen); `vlm`
-(reading pictures). Nothing is read from a disk but the first weights, which `launch.miniature`
-draws at random: a row of a step is a number, and all of it comes from that and the seed.
+Variants: `vae`; `decoder` (more of its decoder alone, which changes no latent); `klein`
+(transformer and text encoder, together; the VAE is frozen); `vlm` (reading pictures). Nothing is
+read from a disk but the first weights, which `launch.miniature` draws at random: a row of a step is
+a number, and all of it comes from that and the seed.
 """
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 3000, "klein": 4500, "vlm": 6000}
-_ROWS = {"vae": 16, "klein": 64, "vlm": 4}
-_RATE = {"vae": 3e-3, "klein": 2e-3, "vlm": 2e-3}
+_STAGES = {"vae": "vae", "decoder": "vae", "klein": "klein", "vlm": "vlm"}
+_STEPS = {"vae": 3000, "decoder": 4000, "klein": 3900, "vlm": 6000}
+_ROWS = {"vae": 16, "decoder": 16, "klein": 32, "vlm": 4}
+_RATE = {"vae": 3e-3, "decoder": 2e-3, "klein": 1.5e-3, "vlm": 2e-3}
+_TRAIN = {
+    "vae": "^(encoder|decoder|quant_conv|post_quant_conv)/",  # not the latents' statistics
+    "decoder": "^(decoder|post_quant_conv)/",
+}
 
 
 def get_config(variant: str = "klein") -> mlc.ConfigDict:
@@ -21,7 +27,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     if variant not in _STEPS:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_STEPS)}")
     section = lambda **fields: mlc.ConfigDict(fields)
-    c = mlc.ConfigDict(dict(stage=f"world_{variant}"))
+    c = mlc.ConfigDict(dict(stage=f"world_{_STAGES[variant]}"))
     c.sizes = "miniature"  # what the weights must be; empty: whatever they are
     c.weights = "outputs/miniature/begin"  # a folder or run: what is trained on from, what is kept
     c.seed = 0
@@ -33,7 +39,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         # steps of a round: prompts, edits, edits with a second reference
         c.tasks = section(prompts=8, edits=5, brings=2)
         c.times = section(distribution="logit_normal", mean=0.0, std=1.0)
-        c.times.shift = "dynamic"
+        c.times.shift = "3.0"  # what is drawn where is decided in much noise
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
@@ -42,7 +48,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.batch = section(rows=_ROWS[variant], accumulation=1)  # rows: per device, data and fsdp
-    c.train = "^(encoder|decoder|quant_conv|post_quant_conv)/" if variant == "vae" else ".*"
+    c.train = _TRAIN.get(variant, ".*")
     c.lora = section(rank=0, alpha=0.0, pattern=r"kernel$")
     c.precision = "float32"  # float32, mixed, bfloat16
     c.ema = 0.999
@@ -51,7 +57,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     c.optim = section(
         name="adamw",
         learning_rate=_RATE[variant],
-        schedule="cosine",
+        schedule="constant" if variant == "klein" else "cosine",
         warmup=0.02,  # steps, or a share of all below 1
         end=0.01,
         momentum=(0.9, 0.99),

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+# special tokens of Qwen's tokenizers, in the order of their numbers here; with those of pictures
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 SEEING = (*SPECIAL, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 VLM_TEMPLATE = (
@@ -115,7 +116,11 @@ def _write_json(file: Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def aside(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling to write, which becomes `out` when all went well."""
+    """Give a temporary sibling to write, which becomes `out` when all went well.
+
+    Raises:
+      FileExistsError: `out` is there already.
+    """
     if out.exists():
         raise FileExistsError(f"{out} exists; choose another folder or remove it")
     partial = out.with_name(out.name + ".partial")

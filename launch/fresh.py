@@ -20,7 +20,13 @@ def weights(configs: Mapping[str, Any], seed: int) -> dict[str, tuple[Any, Any]]
     Args:
       configs: sizes by name of component.
       seed: of all draws.
+
+    Raises:
+      ValueError: a component is unknown.
     """
+    unknown = set(configs) - set(KINDS)
+    if unknown:
+        raise ValueError(f"no components {sorted(unknown)}; there are {', '.join(KINDS)}")
     made = {}
     for stream, name in enumerate(KINDS):
         if name not in configs:
@@ -43,6 +49,7 @@ def fan_in(path: str, shape: tuple[int, ...]) -> int:
 
 
 def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...], layered: bool) -> Any:
+    """A leaf: scales 1, biases and what `_ZERO` names 0, kernels so that variance is kept."""
     own = shape[1:] if layered else shape
     if path.endswith(("scale", "var")):
         return np.ones(shape, np.float32)

@@ -15,7 +15,11 @@ from launch.runtime import run, use_compile_cache
 
 _OUT = flags.DEFINE_string("out", "outputs/miniature", "folder of all stages")
 _PRESET = flags.DEFINE_enum("preset", "full", ["full", "quick"], "how long each stage trains")
-_STAGES = flags.DEFINE_list("stages", [], "only these stages, of those that `--help` names")
+_STAGES = flags.DEFINE_list(
+    "stages",
+    [],
+    "only these, with commas between: begin, vae, decoder, klein, vlm_begin, vlm, weights",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of first weights and data")
 
 
@@ -26,8 +30,7 @@ def main(argv) -> None:
     from launch.recipe import Recipe
 
     use_compile_cache()
-    recipe = Recipe(Path(_OUT.value), _PRESET.value, _SEED.value)
-    recipe.run(_STAGES.value)
+    Recipe(Path(_OUT.value), _PRESET.value, _SEED.value).run(_STAGES.value)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from launch import fresh
 from launch.folders import (
     CHAT_TEMPLATE,
     PREPROCESSOR,
+    SEEING,
     VLM_TEMPLATE,
     aside,
     write_component,
@@ -23,27 +23,34 @@ from launch.folders import (
 )
 from launch.pictures import write_text
 
-# optimiser steps of each training, by preset
-STEPS = {
-    "full": {"vae": 3000, "klein": 4500, "vlm": 6000},
-    "quick": {"vae": 600, "klein": 1500, "vlm": 1000},
+# optimiser steps of each training by preset; "full" has those of configs/miniature.py
+STEPS: dict[str, dict[str, int]] = {
+    "full": {},
+    "quick": {"vae": 800, "decoder": 400, "klein": 1200, "vlm": 1000},
 }
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """All of it, in a folder.
+    """All stages, each in a folder of its own.
 
     Attributes:
       out: folder of everything.
       preset: of `STEPS`.
       seed: of first weights and data.
+
+    Raises:
+      ValueError: the preset is unknown.
     """
 
     out: Path
     preset: str = "full"
     seed: int = 0
+
+    def __post_init__(self):
+        if self.preset not in STEPS:
+            raise ValueError(f"preset {self.preset!r} is unknown; choose from {', '.join(STEPS)}")
 
     @property
     def stages(self) -> dict[str, Callable[[Path], None]]:
@@ -51,6 +58,7 @@ class Recipe:
         return {
             "begin": self.begin,
             "vae": self.vae,
+            "decoder": self.decoder,
             "klein": self.klein,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
@@ -65,7 +73,7 @@ class Recipe:
 
         Raises:
           ValueError: a name is unknown.
-          RuntimeError: a training ended with an error, which it printed.
+          RuntimeError: a training or the writing of its weights failed; it printed why.
         """
         unknown = [name for name in only if name not in self.stages]
         if unknown:
@@ -97,7 +105,7 @@ class Recipe:
         from clvr_jax.miniature import tokenizer
 
         weights = self._fresh("transformer", "vae", "text_encoder")
-        words = tokenizer.train(tokenizer.corpus(), CHAT_TEMPLATE)
+        words = tokenizer.train(tokenizer.corpus(), CHAT_TEMPLATE, SEEING)
         with aside(folder) as partial:
             write_pipeline(partial, weights, words, distilled=False)
 
@@ -105,10 +113,8 @@ class Recipe:
         """Write a Qwen3-VL of random weights with the same tokenizer."""
         from launch import build
 
-        (config, tree), words = (
-            self._fresh("vlm")["vlm"],
-            build.load_tokenizer(self.out / "begin" / "tokenizer"),
-        )
+        config, tree = self._fresh("vlm")["vlm"]
+        words = build.load_tokenizer(self.out / "begin" / "tokenizer")
         words.chat_template = VLM_TEMPLATE
         vision = config.vision
         side = vision.patch * vision.merge
@@ -128,7 +134,7 @@ class Recipe:
     def vae(self, folder: Path) -> None:
         """Train the VAE, measure its latents, and write a klein with it."""
         from clvr_jax.miniature import autoencoder, samples
-        from clvr_jax.miniature.render import keys, render
+        from clvr_jax.miniature.pictures import rendered
         from clvr_jax.models.flux2.vae import Vae
         from conversion.load import load
         from launch import build
@@ -138,15 +144,20 @@ class Recipe:
         params = load(found.open(), found.abstract(), ())
         rows = range(_STATISTICS)
         drawings = [samples.drawing(samples.generator(self.seed, row), 0).target for row in rows]
-        codes = np.stack([drawing.codes for drawing in drawings])
-        pictures = render(codes, keys(np.array([drawing.seed for drawing in drawings])))
-        params = autoencoder.statistics(Vae(found.config), params, pictures)
-        self._replaced(folder, self.out / "begin", {"vae": (found.config, params)})
+        pictures = rendered(drawings, _STATISTICS)
+        params = autoencoder.with_statistics(Vae(found.config), params, pictures)
+        with aside(folder) as partial:
+            shutil.copytree(self.out / "begin", partial)
+            shutil.rmtree(partial / "vae")
+            write_component(partial / "vae", "vae", found.config, params)
+
+    def decoder(self, folder: Path) -> None:
+        """Train the VAE's decoder further, and write a klein with it."""
+        self._exported(folder, self._train("decoder", self.out / "vae"))
 
     def klein(self, folder: Path) -> None:
         """Train transformer and text encoder, and write the pipeline."""
-        trained = self._train("klein", self.out / "vae")
-        self._exported(folder, trained)
+        self._exported(folder, self._train("klein", self.out / "decoder"))
 
     def weights(self, folder: Path) -> None:
         """Write both once more in bfloat16, as they come with the package."""
@@ -155,40 +166,36 @@ class Recipe:
             for name in ("klein", "vlm"):
                 self._exported(partial / name, self.out / name, "--dtype=bfloat16")
 
-    def _fresh(self, *names: str):
+    def _fresh(self, *names: str) -> dict[str, tuple[Any, Any]]:
         """First weights of components at the miniature's sizes."""
         from conversion.components import KINDS
 
         return fresh.weights({n: KINDS[n].variants["miniature"] for n in names}, self.seed)
 
-    def _train(self, variant: str, weights: Path, **options: object) -> Path:
+    def _train(self, variant: str, weights: Path) -> Path:
         """Run `launch.train`, or go on with it; return the folder of the run."""
         run = self.out / "runs" / variant
-        steps = STEPS[self.preset][variant]
-        given = {"weights": weights, "steps": steps, "seed": self.seed, **options}
+        given = {"weights": weights, "seed": self.seed}
+        if variant in STEPS[self.preset]:
+            given["steps"] = STEPS[self.preset][variant]
         command = [
             *(sys.executable, "-m", "launch.train"),
             *(f"--config=configs/miniature.py:{variant}", f"--workdir={run}", "--resume"),
             *(f"--config.{name}={value}" for name, value in given.items()),
         ]
-        print(" ".join(map(str, command[1:])), flush=True)
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise RuntimeError(f"the training of {variant} ended with exit code {code}")
+        _call(command, f"the training of {variant}")
         return run
 
     def _exported(self, folder: Path, source: Path, *options: str) -> None:
         """Write a run or a folder as one in the released layout."""
         command = [sys.executable, "-m", "conversion", str(source), str(folder), *options]
         command.append("--to=diffusers")
-        code = subprocess.run(command, check=False).returncode
-        if code:
-            raise RuntimeError(f"writing {folder} ended with exit code {code}")
+        _call(command, f"writing {folder}")
 
-    def _replaced(self, folder: Path, base: Path, weights) -> None:
-        """Write a pipeline folder with some components replaced."""
-        with aside(folder) as partial:
-            shutil.copytree(base, partial)
-            for name, (config, tree) in weights.items():
-                shutil.rmtree(partial / name)
-                write_component(partial / name, name, config, tree)
+
+def _call(command: Sequence[str], what: str) -> None:
+    """Run a command of this repository; its output goes where ours does."""
+    print(" ".join(command[1:]), flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise RuntimeError(f"{what} ended with exit code {code}; it printed why")

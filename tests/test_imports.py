@@ -115,6 +115,8 @@ def test_running_needs_no_torch_and_no_tensorflow():
     [
         "launch",
         "launch.data",
+        "launch.evaluate",
+        "launch.miniature",
         "launch.generate",
         "launch.train",
         "launch.toy",

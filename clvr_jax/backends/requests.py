@@ -35,8 +35,13 @@ class Request(NamedTuple):
         """Return the user's message; pictures come before the text.
 
         Raises:
-          KeyError: a field is not given.
+          ValueError: a field is not given.
         """
+        missing = set(_FIELD.findall(self.text)) - set(fields)
+        if missing:
+            raise ValueError(
+                f"the request {self.text[:40]!r}... needs {', '.join(sorted(missing))}"
+            )
         return user(*pictures, _FIELD.sub(lambda field: fields[field[1]], self.text))
 
     def match(self, text: str) -> dict[str, str] | None:
@@ -148,7 +153,10 @@ def faults(reply: str) -> list[str]:
     heads = [line.partition(":")[0].lower() for line in reply.splitlines() if line.strip()]
     kinds = [[word for word in re.findall(r"\w+", head) if word in FAULTS] for head in heads]
     if not kinds or not all(kinds):
-        raise ValueError(f"each line of a critique begins with its kind of fault, got {reply!r}")
+        raise ValueError(
+            f"each line of a critique begins with its kind of fault ({', '.join(FAULTS)}), "
+            f"got {reply!r}"
+        )
     return [kind for line in kinds for kind in line]
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from clvr_jax.miniature.render import keys, render
 from clvr_jax.models.flux2.vae import Vae, patches
@@ -31,7 +32,7 @@ def loss(
     arXiv 1312.6114). Values are those of pictures in [-1, 1].
 
     Args:
-      params: of the VAE; its latent statistics have no gradient, see `statistics`.
+      params: of the VAE; its latent statistics have no gradient, see `with_statistics`.
       adapters, frozen: not used.
       batch: `codes` (b, 16), `seeds` (b,) and `weights` (b,).
       key: of the latent noise.
@@ -58,7 +59,9 @@ def to_values(pictures: UInt8[Array, "b y x 3"]) -> Images:
     return pictures.astype(jnp.float32) / 127.5 - 1
 
 
-def statistics(vae: Vae, params: Params, pictures: UInt8[Array, "b y x 3"]) -> Params:
+def with_statistics(
+    vae: Vae, params: Params, pictures: UInt8[np.ndarray, "b y x 3"] | UInt8[Array, "b y x 3"]
+) -> Params:
     """Return the parameters with the latent statistics of some pictures in them.
 
     The transformer sees latents normalised by them; training leaves them at mean 0, variance 1.
@@ -66,7 +69,7 @@ def statistics(vae: Vae, params: Params, pictures: UInt8[Array, "b y x 3"]) -> P
     Args:
       vae: the network.
       params: trained.
-      pictures: at least some hundred, as they will be drawn.
+      pictures: some hundred or more, as they will be drawn.
     """
 
     @jax.jit

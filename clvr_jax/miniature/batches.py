@@ -15,25 +15,32 @@ from clvr_jax.data.plan import Step, rows_of_process, shuffled
 from clvr_jax.generate.prompt import render as templated
 from clvr_jax.generate.prompt import tokenize
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.samples import Drawing, Picture, drawing, generator, picture
+from clvr_jax.miniature.pictures import Picture, stacked
+from clvr_jax.miniature.samples import (
+    ROUND,
+    Drawing,
+    Stream,
+    crowded_picture,
+    drawing,
+    row_generator,
+)
 from clvr_jax.miniature.scene import COLUMNS, ROWS
 from clvr_jax.models.flux2.layout import Layout
 
 Arrays = dict[str, Any]
-_ROUND = 2**20  # samples of a round at most: a sample's number is its round's and its own
-_ORDER, _DROPOUT, _TILES, _DRAWINGS = range(4)  # streams of random numbers
+_TRIES = 1000  # for a text that is short enough
 # parts of a round's prompts, from the shortest, and the text length that they take by its rank
 _LENGTHS = (0.625, 0.25, 0.125)
 
 
-def tiles(step: Step, seed: int, process: tuple[int, int] = (0, 1)) -> Arrays:
-    """Return pictures for the VAE, this process's rows of a step.
+def crowds(step: Step, seed: int, process: tuple[int, int] = (0, 1)) -> Arrays:
+    """Return crowded pictures for the VAE, this process's rows of a step.
 
     They are `codes` (16,) int32 and `seeds` () uint32, which the device renders.
     """
     rows = rows_of_process(step.rows, *process)
-    number = lambda row: step.epoch * _ROUND + int(row)
-    drawn = [picture(generator(seed, number(row), _TILES)) for row in rows.flat]
+    of = lambda row: row_generator(seed, step.epoch, int(row), Stream.CROWDS)
+    drawn = [crowded_picture(of(row)) for row in rows.flat]
     return {"weights": np.ones(rows.shape, np.float32), **_shown(drawn, rows.shape)}
 
 
@@ -53,7 +60,7 @@ class DrawingBatches:
       texts: three text lengths, increasing.
       tasks: steps of a round with prompts, a multiple of 8; with edits; with a second reference,
         in turn of the first and of the second text length. A text that is longer than its step's is
-        drawn anew; few are.
+        drawn anew, prompts too; few are.
       accumulation: micro-batches of a step.
       rows: of a micro-batch, over all processes.
       seed: of the run.
@@ -77,15 +84,18 @@ class DrawingBatches:
 
     def __post_init__(self):
         if len(self.texts) != 3 or sorted(set(self.texts)) != list(self.texts):
-            raise ValueError(f"there are three text lengths, increasing; given {self.texts}")
+            raise ValueError(f"texts are three lengths, increasing; given {self.texts}")
         if min(self.tasks) < 0 or self.tasks[0] % 8 or not sum(self.tasks):
             raise ValueError(
                 f"tasks are {self.tasks}; prompts must be a multiple of 8, none may be negative"
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it is a share of the rows, below 1")
-        if self._size * sum(self.tasks) > _ROUND:
-            raise ValueError(f"a round of {self.tasks} steps has more than {_ROUND} samples")
+        if self._size * sum(self.tasks) > ROUND:
+            raise ValueError(
+                f"a round of tasks {self.tasks} with {self._size} samples a step has more than "
+                f"{ROUND} samples; give fewer"
+            )
         # the object is frozen for its users; what follows is a cache
         object.__setattr__(self, "_sorted", functools.lru_cache(maxsize=3)(self._draw_prompts))
         object.__setattr__(self, "_lock", threading.Lock())
@@ -94,26 +104,28 @@ class DrawingBatches:
     def _size(self) -> int:
         return self.accumulation * self.rows
 
+    @property
+    def _prompt_texts(self) -> list[int]:
+        """Text lengths of a round's steps with prompts, from the shortest."""
+        shares = zip(self.texts, _LENGTHS, strict=True)
+        return [text for text, share in shares for _ in range(round(share * self.tasks[0]))]
+
     def plan(self, epoch: int) -> list[Step]:
         """Return the steps of a round, in an order of its own."""
-        prompts, edits, brings = self.tasks
-        picture = (ROWS, COLUMNS)
-        shapes = [
-            Layout(text, picture)
-            for text, share in zip(self.texts, _LENGTHS, strict=True)
-            for _ in range(round(share * prompts))
-        ]
-        shapes += [Layout(self.texts[0], picture, (picture,))] * edits
-        shapes += [Layout(self.texts[i % 2], picture, (picture, picture)) for i in range(brings)]
+        _, edits, brings = self.tasks
+        grid = (ROWS, COLUMNS)  # of a picture
+        shapes = [Layout(text, grid) for text in self._prompt_texts]
+        shapes += [Layout(self.texts[0], grid, (grid,))] * edits
+        shapes += [Layout(self.texts[i % 2], grid, (grid, grid)) for i in range(brings)]
         numbers = np.arange(len(shapes) * self._size).reshape(-1, self.accumulation, self.rows)
-        order = shuffled(len(shapes), self.seed, epoch, _ORDER)
+        order = shuffled(len(shapes), self.seed, epoch, Stream.ORDER)
         return [Step(shapes[i], numbers[i]) for i in order]
 
     def __call__(self, step: Step) -> Arrays:
         """Return this process's rows of a step.
 
         Raises:
-          ValueError: a text is longer than the step's.
+          ValueError: hardly any text is as short as the step's.
         """
         rows = rows_of_process(step.rows, *self.process)
         drawn = [self._row(int(row), step) for row in rows.flat]
@@ -136,8 +148,7 @@ class DrawingBatches:
         }
 
     def _encoded(self, pictures: Sequence[Picture], lead: tuple[int, ...]) -> np.ndarray:
-        shown = _shown(pictures, (len(pictures),))
-        latents = np.asarray(self.encode(shown["codes"], shown["seeds"]))
+        latents = np.asarray(self.encode(*stacked(pictures)))
         return latents.reshape(*lead, *latents.shape[1:])
 
     def _row(self, row: int, step: Step) -> Drawing:
@@ -149,26 +160,36 @@ class DrawingBatches:
 
     def _fitting(self, row: int, epoch: int, references: int, longest: int) -> tuple[Drawing, int]:
         """The first of a row's drawings whose text is not too long, and its length."""
-        rng = generator(self.seed, epoch * _ROUND + row, _DRAWINGS)
-        while True:
+        rng = row_generator(self.seed, epoch, row, Stream.DRAWINGS)
+        for _ in range(_TRIES):
             drawn = drawing(rng, references, self.split)
             length = len(self.tokenizer.encode(templated(drawn.text), add_special_tokens=False))
             if length <= longest:
                 return drawn, length
+        raise ValueError(
+            f"of {_TRIES} texts with {references} references none has at most {longest} tokens; "
+            f"texts are {self.texts}, give longer ones"
+        )
 
     def _draw_prompts(self, epoch: int) -> list[Drawing]:
-        """The prompts of a round by their length."""
-        count = self.tasks[0] * self._size
-        drawn = [self._fitting(row, epoch, 0, self.texts[-1]) for row in range(count)]
-        order = np.argsort([length for _, length in drawn], kind="stable")
-        return [drawn[i][0] for i in order]
+        """The prompts of a round by their length, each no longer than the step of its place takes.
+
+        In few rounds more prompts than usual are long: what its place does not take is drawn anew.
+        """
+        limits = np.repeat(self._prompt_texts, self._size).tolist()
+        drawn = [self._fitting(row, epoch, 0, self.texts[-1]) for row in range(len(limits))]
+        order = np.argsort([length for _, length in drawn], kind="stable").tolist()
+        return [
+            drawn[row][0] if drawn[row][1] <= limit else self._fitting(row, epoch, 0, limit)[0]
+            for row, limit in zip(order, limits, strict=True)
+        ]
 
     def _dropped(self, row: int, step: Step) -> bool:
-        rng = generator(self.seed, step.epoch * _ROUND + row, _DROPOUT)
+        rng = row_generator(self.seed, step.epoch, row, Stream.DROPOUT)
         return rng.random() < self.dropout
 
 
 def _shown(pictures: Sequence[Picture], lead: tuple[int, ...]) -> Arrays:
-    codes = np.stack([picture.codes for picture in pictures])
-    seeds = np.array([picture.seed for picture in pictures], np.uint32)
+    """What the device renders pictures from."""
+    codes, seeds = stacked(pictures)
     return {"codes": codes.reshape(*lead, -1), "seeds": seeds.reshape(lead)}

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from clvr_jax.miniature import render
 from clvr_jax.miniature.readings import Readings, read
-from clvr_jax.miniature.scene import CELLS, COLOURS, COLUMNS, ROWS, SHAPES, SIZES
+from clvr_jax.miniature.render import BACKGROUND, CELL, PALETTE, SIDE
+from clvr_jax.miniature.scene import CELLS, COLUMNS, ROWS, SHAPES, SIZES, code_of
 from clvr_jax.miniature.templates import BLUR, PHASES, SHARP, WINDOW, bank, smoothing
 from clvr_jax.typing import Array
 
-SIDE, CELL = render.SIDE, render.CELL
 BATCHES = (16, 128)  # pictures at once; each size compiles for seconds
 REACH = 8.5  # half a side of the window that looks for a thing's centre; neighbours begin at 7.9
 SOFT = 2.0  # pixels; a pixel is shared between two centres within half a pixel of the middle
@@ -49,15 +48,19 @@ def detect(pictures: UInt8[np.ndarray, "b y x 3"] | UInt8[Array, "b y x 3"]) -> 
 
     Pictures go to the device in groups of a size in `BATCHES`, the last one filled up, so that few
     shapes are compiled whatever the sizes asked for.
+
+    Raises:
+      ValueError: pictures of another size.
     """
     pictures = np.asarray(pictures)
-    found = [np.zeros((0, CELLS), np.int32), np.zeros((0, CELLS), np.float32), np.zeros(0, bool)]
-    parts = [found]
+    if pictures.shape[1:3] != (SIDE, SIDE):
+        raise ValueError(f"pictures are {SIDE}x{SIDE}, given an array of {pictures.shape}")
+    parts = [(np.zeros((0, CELLS), np.int32), np.zeros((0, CELLS), np.float32), np.zeros(0, bool))]
     for start in range(0, len(pictures), BATCHES[-1]):
         part = pictures[start : start + BATCHES[-1]]
         size = next(size for size in BATCHES if size >= len(part))
         padded = np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), np.uint8)])
-        parts.append([np.asarray(x)[: len(part)] for x in _detect(padded, bank())])
+        parts.append(tuple(np.asarray(x)[: len(part)] for x in _detect(padded, bank())))
     return read(*(np.concatenate(x) for x in zip(*parts, strict=True)))
 
 
@@ -97,9 +100,9 @@ def _detect(pictures, templates):
     fits = jnp.where(there[..., None, None, None], fits * weight[:, :, None, None, :], 0)
     left = _left(dark - _painted(fits, own, corners)) - noise[:, None] / 2
     remains = jnp.where(there, _good(left, LEFT), _good(left, LEFT_EMPTY))
-    tint = jnp.max(jnp.abs(paper - jnp.asarray(render.BACKGROUND)), axis=-1)
+    tint = jnp.max(jnp.abs(paper - jnp.asarray(BACKGROUND)), axis=-1)
     tidy = (noise < NOISE) & (tint < TINT)
-    codes = jnp.where(there, 1 + (shape * len(COLOURS) + colour) * len(SIZES) + size, 0)
+    codes = jnp.where(there, code_of(shape, colour, size), 0)
     return codes, jnp.minimum(jnp.where(there, sure, 1.0), remains), tidy
 
 
@@ -208,7 +211,7 @@ def _left(left):
 
 def _colour(paint):
     """Palette index, angle to it in degrees and strength along it of contrasts (..., rgb)."""
-    palette = jnp.asarray(render.BACKGROUND) - jnp.asarray(render.PALETTE)
+    palette = jnp.asarray(BACKGROUND) - jnp.asarray(PALETTE)
     length = jnp.linalg.norm(palette, axis=-1)
     along = paint @ (palette / length[:, None]).T
     colour = jnp.argmax(along, axis=-1)  # of unit vectors: the smallest angle

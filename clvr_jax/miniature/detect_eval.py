@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from scipy import ndimage
 
 from clvr_jax.miniature.readings import Readings, read
-from clvr_jax.miniature.scene import CELLS, COLOURS, COLUMNS, ROWS, SIZES
+from clvr_jax.miniature.scene import CELLS, COLOURS, COLUMNS, ROWS, SIZES, code_of
 from clvr_jax.typing import Array
 
 CHUNK = 64  # pictures at once
@@ -41,7 +41,7 @@ GREY = 0.17
 # Moments of each kind: log of the pixels of ink, log of their mean square distance to the centroid,
 # three-, four- and fivefold symmetry, and ink at the centre. Measured: means over 1,200 renders, a
 # third of them blurred by 0.7 pixels, a third sized to 48 pixels and back.
-KINDS = np.array(
+MOMENTS = np.array(
     [
         (3.87, 2.19, 0.00, -0.01, 0.00, 0.99),  # small circle
         (4.79, 3.02, 0.00, 0.00, 0.00, 1.00),  # large circle
@@ -165,14 +165,13 @@ def _kinds(ink):
     own = INKS[colour][ink.component]
     cover = np.clip((ink.dark * own).sum(1) / (own**2).sum(1), 0, 1.2)
     mass, features, centroid = _features(ink, cover)
-    distance = np.linalg.norm((features[:, None] - KINDS) / SPREAD, axis=-1)
+    distance = np.linalg.norm((features[:, None] - MOMENTS) / SPREAD, axis=-1)
     order = np.sort(distance, axis=1)
     kind = distance.argmin(1)
     shape, size = np.divmod(kind, len(SIZES))
     sure = np.minimum(sure, _good(order[:, 0], FAR))
     sure = np.minimum(sure, _good(order[:, 1] - order[:, 0], CLOSE))
-    code = 1 + (shape * len(COLOURS) + colour) * len(SIZES) + size
-    return code, sure, mass, centroid
+    return code_of(shape, colour, size), sure, mass, centroid
 
 
 def _colours(ink):
@@ -211,7 +210,7 @@ def _hue(dark):
 
 
 def _features(ink, cover):
-    """Pixels of ink, the features `KINDS` is made of (component, 6), and the centroid (y, x)."""
+    """Pixels of ink, the features `MOMENTS` is made of (component, 6), and the centroid (y, x)."""
     mass = ink.sum(cover) + 1e-6
     y, x = ink.sum(cover * ink.y) / mass, ink.sum(cover * ink.x) / mass
     z = (ink.x - x[ink.component]) + 1j * (ink.y - y[ink.component])

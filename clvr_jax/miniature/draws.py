@@ -2,22 +2,20 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from clvr_jax.miniature import held_out, scenes
+from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.places import AREAS, OPPOSITE, PLACES, RELATIONS, SPOTS
 from clvr_jax.miniature.scene import SHAPES, SIZES
-from clvr_jax.miniature.scenes import pick
 from clvr_jax.miniature.sentences import names
 
-MIXES = tuple(f"mix{n}" for n in range(3, 9))  # with n things
+MIXES = {f"mix{n}": n for n in range(3, 9)}  # name -> how many things
 KINDS = ("single", "colour", "two", "counting", "position", "attribution", *MIXES)
 HELD_OUT_KINDS = tuple(kind for kind in KINDS if kind not in ("single", "two"))  # name a pair
 
 
-def draw(kind: str, rng: np.random.Generator, split: Split) -> Goal | None:
+def draw(kind: str, rng: Rng, split: Split) -> Goal | None:
     """Return a goal of a kind of `KINDS`, or None if this draw led to none.
 
     It names nothing held out; in `Split.HELD_OUT` it does, at least one pair or relation.
@@ -26,7 +24,7 @@ def draw(kind: str, rng: np.random.Generator, split: Split) -> Goal | None:
     return _hold(goal, rng) if split is Split.HELD_OUT else goal
 
 
-def pairs(groups: tuple[Group, ...], rng: np.random.Generator) -> list[tuple[int, int]]:
+def pairs(groups: tuple[Group, ...], rng: Rng) -> list[tuple[int, int]]:
     """Return the pairs of groups that a relation can name, each once, in random order."""
     single = [i for i in range(len(groups)) if names(groups, i)]
     pairs = [(a, b) for k, a in enumerate(single) for b in single[k + 1 :]]
@@ -35,29 +33,35 @@ def pairs(groups: tuple[Group, ...], rng: np.random.Generator) -> list[tuple[int
     return [pair if key[1] < 0.5 else pair[::-1] for key, pair in mixed]
 
 
-def _maybe(rng: np.random.Generator, options: tuple[str, ...], chance: float) -> str | None:
+def _maybe(rng: Rng, options: tuple[str, ...], chance: float) -> str | None:
     return pick(rng, options) if rng.random() < chance else None
 
 
-def _somewhere(rng: np.random.Generator) -> str:
+def _somewhere(rng: Rng) -> str:
     return pick(rng, SPOTS if rng.random() < 0.1 else AREAS)
 
 
-def _single(rng, split):
+def _coloured(rng: Rng, shape: str, split: Split) -> tuple[str, str | None]:
+    """A shape with a trained colour, which is said in a third of the cases."""
+    shape, colour = scenes.kind(rng, shape, None, split)
+    return shape, colour if rng.random() < 0.35 else None
+
+
+def _single(rng: Rng, split: Split) -> Goal:
     return Goal((Group(1, pick(rng, SHAPES), size=_maybe(rng, SIZES, 0.25)),))
 
 
-def _colour(rng, split):
+def _colour(rng: Rng, split: Split) -> Goal:
     return Goal((Group(1, *scenes.kind(rng, None, None, split), _maybe(rng, SIZES, 0.25)),))
 
 
-def _two(rng, split):
+def _two(rng: Rng, split: Split) -> Goal:
     first = pick(rng, SHAPES)
     second = pick(rng, [shape for shape in SHAPES if shape != first])
     return Goal(tuple(Group(1, s, size=_maybe(rng, SIZES, 0.2)) for s in (first, second)))
 
 
-def _counting(rng, split):
+def _counting(rng: Rng, split: Split) -> Goal:
     shape, colour = scenes.kind(rng, None, None, split)
     shape = shape if rng.random() < 0.93 else None
     colour = colour if shape is None or rng.random() < 0.35 else None
@@ -70,23 +74,22 @@ def _counting(rng, split):
     return Goal((group, Group(count, other, colour if group.colour else None)))
 
 
-def _position(rng, split):
-    coloured = 0.35
-    pair = lambda shape: scenes.kind(rng, shape, None, split)
-    thin = lambda shape, colour: (shape, colour if rng.random() < coloured else None)
+def _position(rng: Rng, split: Split) -> Goal:
     first = pick(rng, SHAPES)
     if rng.random() < 0.35:
-        return Goal((Group(1, *thin(*pair(first)), _maybe(rng, SIZES, 0.1), _somewhere(rng)),))
+        kind = _coloured(rng, first, split)
+        return Goal((Group(1, *kind, _maybe(rng, SIZES, 0.1), _somewhere(rng)),))
     second = pick(rng, [shape for shape in SHAPES if shape != first])
     groups = tuple(
-        Group(1, *thin(*pair(shape)), _maybe(rng, SIZES, 0.1)) for shape in (first, second)
+        Group(1, *_coloured(rng, shape, split), _maybe(rng, SIZES, 0.1))
+        for shape in (first, second)
     )
     if rng.random() < 0.3:
         return Goal(tuple(group._replace(place=_somewhere(rng)) for group in groups))
     return _relate(groups, 1, rng, split)
 
 
-def _attribution(rng, split):
+def _attribution(rng: Rng, split: Split) -> Goal:
     first = scenes.kind(rng, None, None, split)
     while True:
         second = scenes.kind(rng, None, None, split)
@@ -94,10 +97,10 @@ def _attribution(rng, split):
             return Goal(tuple(Group(1, *kind, _maybe(rng, SIZES, 0.2)) for kind in (first, second)))
 
 
-def _mix(total: int) -> Callable[[np.random.Generator, Split], Goal | None]:
+def _mix(total: int) -> Callable[[Rng, Split], Goal]:
     """Return the draw of goals with `total` things in two or more groups."""
 
-    def draw(rng, split):
+    def draw(rng: Rng, split: Split) -> Goal:
         groups: dict[Group, None] = {}
         left = total
         while left:
@@ -120,7 +123,7 @@ def _mix(total: int) -> Callable[[np.random.Generator, Split], Goal | None]:
     return draw
 
 
-def _relate(groups: tuple[Group, ...], most: int, rng: np.random.Generator, split: Split) -> Goal:
+def _relate(groups: tuple[Group, ...], most: int, rng: Rng, split: Split) -> Goal:
     """Return a goal of the groups with at most that many relations, none of them held out."""
     relations = []
     for first, second in pairs(groups, rng)[:most] if most else ():
@@ -131,12 +134,12 @@ def _relate(groups: tuple[Group, ...], most: int, rng: np.random.Generator, spli
     return Goal(groups, tuple(relations))
 
 
-def _hold(goal: Goal, rng: np.random.Generator) -> Goal | None:
+def _hold(goal: Goal, rng: Rng) -> Goal | None:
     """Return the goal with a held-out pair or relation put in, or None if things became alike."""
     groups = list(goal.groups)
     if goal.relations and rng.random() < 0.5:
         relation = pick(rng, goal.relations)
-        shape, word, other = pick(rng, held_out.RELATIONS)
+        shape, word, other = pick(rng, held_out.COMBINATIONS)
         if rng.random() < 0.5:
             shape, word, other = other, OPPOSITE[word], shape
         groups[relation.first] = groups[relation.first]._replace(shape=shape)
@@ -154,12 +157,12 @@ def _hold(goal: Goal, rng: np.random.Generator) -> Goal | None:
     return None
 
 
-_DRAWS: dict[str, Callable] = {
+_DRAWS: dict[str, Callable[[Rng, Split], Goal]] = {
     "single": _single,
     "colour": _colour,
     "two": _two,
     "counting": _counting,
     "position": _position,
     "attribution": _attribution,
-    **{f"mix{n}": _mix(n) for n in range(3, 9)},
+    **{name: _mix(total) for name, total in MIXES.items()},
 }

@@ -11,13 +11,11 @@ from typing import NamedTuple
 import numpy as np
 
 from clvr_jax.miniature import held_out, scenes
+from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.orders import write
 from clvr_jax.miniature.references import Description, open_values, refer, somewhere
 from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
-from clvr_jax.miniature.scenes import pick
-
-__all__ = ["KINDS", "Edit", "sample", "sample_pair", "write"]
 
 KINDS = ("add", "remove", "recolour", "replace", "move", "resize")
 PAIR_KINDS = ("bring",)  # of two pictures
@@ -50,15 +48,27 @@ class Edit:
     """One change.
 
     Attributes:
-      kind: of `KINDS`, or "bring" (a thing of image 1, as it is there, comes into image 2).
+      kind: of `KINDS` or `PAIR_KINDS` (bring: a thing of image 1, as it is there, comes into
+        image 2).
       thing: which thing of the scene (of image 1 for bring); None for add.
       becomes: what is said of the result: kind and place of what is added, colour (recolour),
         size (resize), kind (replace), place or relation (move, bring).
+
+    Raises:
+      ValueError: the kind is unknown, or a thing is named just where none is wanted.
     """
 
     kind: str
     thing: Description | None = None
     becomes: Description = _NOTHING
+
+    def __post_init__(self):
+        if self.kind not in (*KINDS, *PAIR_KINDS):
+            raise ValueError(
+                f"no edits of kind {self.kind}, only {', '.join((*KINDS, *PAIR_KINDS))}"
+            )
+        if (self.thing is None) != (self.kind == "add"):
+            raise ValueError(f"{self}: add takes no thing of the scene, all other edits take one")
 
     def outcome(self, before: Scene, source: Scene | None = None) -> Outcome:
         """Return what may become of a scene.
@@ -72,7 +82,7 @@ class Edit:
             allowed cell is free, or nothing would change.
         """
         new = self.becomes
-        gone = self.thing.find(before) if self.thing and self.kind != "bring" else None
+        gone = self.thing.find(before) if self.kind not in ("add", "bring") else None
         if self.kind == "remove":
             return Outcome(gone)
         if self.kind in ("add", "move", "bring"):
@@ -218,4 +228,4 @@ def _kind(rng: np.random.Generator, shape: float = 0.97) -> Description:
 def _new(rng: np.random.Generator, scene: Scene) -> Description:
     """Return a description of something new and, mostly, where."""
     where = somewhere(rng, scene) if rng.random() < 0.75 else _NOTHING
-    return where._replace(**dict(zip(("shape", "colour", "size"), _kind(rng)[:3])))
+    return _kind(rng)._replace(place=where.place, word=where.word, other=where.other)

@@ -9,22 +9,8 @@ import dataclasses
 from typing import NamedTuple
 
 from clvr_jax.miniature import assignment
-from clvr_jax.miniature.places import CELL_NAMES, OPPOSITE, PLACES, RELATIONS, related
+from clvr_jax.miniature.places import OPPOSITE, PLACES, RELATIONS, related
 from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
-
-__all__ = [
-    "ATTRIBUTES",
-    "CELL_NAMES",
-    "OPPOSITE",
-    "PLACES",
-    "RELATIONS",
-    "Assignment",
-    "Fault",
-    "Goal",
-    "Group",
-    "Relation",
-    "related",
-]
 
 ATTRIBUTES = ("shape", "colour", "size")
 
@@ -121,13 +107,19 @@ class Goal:
         known = ((None, *SHAPES), (None, *COLOURS), (None, *SIZES), (None, *PLACES))
         for group in self.groups:
             if group.count < 1 or any(v not in values for v, values in zip(group[1:], known)):
-                raise ValueError(f"{group} is no group of this world")
+                raise ValueError(
+                    f"{group} is no group of this world: it counts 1 or more; shapes are {SHAPES}, "
+                    f"colours {COLOURS}, sizes {SIZES}, places {tuple(PLACES)}"
+                )
         if self.count > MOST:
             raise ValueError(f"a picture holds at most {MOST} things, this asks for {self.count}")
         for first, word, second in self.relations:
-            single = all(self.groups[i].count == 1 for i in (first, second))
-            if first == second or word not in RELATIONS or not single:
-                raise ValueError(f"no relation between two single things: {first} {word} {second}")
+            single = {i for i, group in enumerate(self.groups) if group.count == 1}
+            if first == second or word not in RELATIONS or not {first, second} <= single:
+                raise ValueError(
+                    f"{first} {word} {second} is no relation ({', '.join(RELATIONS)}) of the "
+                    f"numbers of two groups of one thing; those are {sorted(single)}"
+                )
 
     @property
     def count(self) -> int:

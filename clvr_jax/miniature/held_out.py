@@ -9,7 +9,7 @@ import enum
 import hashlib
 
 from clvr_jax.miniature.goal import Goal
-from clvr_jax.miniature.places import OPPOSITE, related
+from clvr_jax.miniature.places import OPPOSITE, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, SHAPES, Scene, Thing
 
 
@@ -33,8 +33,8 @@ PAIRS = frozenset(
         ("cross", "yellow"),
     }
 )
-# and the same said the other way round, see `is_held`
-RELATIONS = (
+# (shape, relation, shape); and the same said the other way round, see `is_held`
+COMBINATIONS = (
     ("star", "above", "ring"),
     ("cross", "above", "square"),
     ("circle", "left of", "triangle"),
@@ -47,14 +47,11 @@ _TEST, _DEV = 0.10, 0.10  # shares of goals
 
 def _bans() -> dict[str, tuple[tuple[tuple[str, frozenset[int]], ...], ...]]:
     """For a shape and its cell: where another shape must not be, as (shape, cells)."""
-    cells = range(CELLS)
-    bans = {shape: [[] for _ in cells] for shape in SHAPES}
-    for first, word, second in RELATIONS:
-        for cell in cells:
-            after = frozenset(other for other in cells if related(cell, word, other))
-            before = frozenset(other for other in cells if related(other, word, cell))
-            bans[first][cell].append((second, after))
-            bans[second][cell].append((first, before))
+    bans = {shape: [[] for _ in range(CELLS)] for shape in SHAPES}
+    for first, word, second in COMBINATIONS:
+        for cell in range(CELLS):
+            bans[first][cell].append((second, SO_TO[OPPOSITE[word]][cell]))
+            bans[second][cell].append((first, SO_TO[word][cell]))
     return {shape: tuple(tuple(entry) for entry in rows) for shape, rows in bans.items()}
 
 
@@ -63,7 +60,8 @@ BANS = _bans()
 
 def is_held(first: str | None, word: str, second: str | None) -> bool:
     """Say if a relation between two shapes is held out, whichever way round it is said."""
-    return (first, word, second) in RELATIONS or (second, OPPOSITE[word], first) in RELATIONS
+    either = (first, word, second), (second, OPPOSITE[word], first)
+    return any(combination in COMBINATIONS for combination in either)
 
 
 def taints(thing: Thing, others: tuple[Thing, ...]) -> bool:
@@ -95,10 +93,10 @@ def is_common(goal: Goal) -> bool:
     star"): about two hundred goals.
     """
     groups = goal.groups
-    plain = all(g.colour is None and g.size is None and g.place is None for g in groups)
+    bare = all(g.colour is None and g.size is None and g.place is None for g in groups)
     if len(groups) == 1:
-        return plain or (groups[0].count == 1 and groups[0].place is None)
-    return len(groups) == 2 and goal.count == 2 and plain and not goal.relations
+        return bare or (groups[0].count == 1 and groups[0].place is None)
+    return len(groups) == 2 and goal.count == 2 and bare and not goal.relations
 
 
 def split_of(goal: Goal, text: str = "") -> Split:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clvr_jax.miniature import words
+from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.references import say, say_where
-from clvr_jax.miniature.scenes import pick
 
 if TYPE_CHECKING:
     from clvr_jax.miniature.edits import Edit

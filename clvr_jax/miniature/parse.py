@@ -157,11 +157,10 @@ class _Reading:
         found = [i for i, group in enumerate(self.groups) if group.may_be(*end[:3])]
         if len(found) == 1:
             return found[0]
-        said = " ".join(part for part in (end.size, end.colour, end.shape or "thing") if part)
         meant = "several things" if found else "nothing"
         raise ValueError(
-            f'"the {said}" means {meant} that "{self.text}" asks for; it must mean one: first ask '
-            "for it, and say colour or size where another could be meant"
+            f'"the {words.kind_name(*end[:3])}" means {meant} that "{self.text}" asks for; it must '
+            "mean one: first ask for it, and say colour or size where another could be meant"
         )
 
 
@@ -223,6 +222,9 @@ def _becomes(parts: dict) -> Description:
 
 
 def _known_tokens(text: str, what: str) -> Tokens:
+    """The tokens of a text, all of them words of this world."""
+    """The tokens of a text, all of them words of this world."""
+    """The tokens of a text, all of them words of this world."""
     tokens = phrases.tokenize(text)
     unknown = list(dict.fromkeys(t for t in tokens if t not in phrases.VOCABULARY))
     if unknown:
@@ -231,6 +233,9 @@ def _known_tokens(text: str, what: str) -> Tokens:
 
 
 def _unread(text: str, rest: Tokens, what: str) -> ValueError:
+    """The error of a text that is understood only up to its rest."""
+    """The error of a text that is understood only up to its rest."""
+    """The error of a text that is understood only up to its rest."""
     examples = "; ".join(f'"{example}"' for example in _EXAMPLES[what])
     return ValueError(
         f'cannot read the {what} "{text}" from "{" ".join(rest)}" on. It reads like these: '

@@ -43,3 +43,12 @@ def related(first: int, word: str, second: int) -> bool:
     if word in ("left of", "right of"):
         return first % COLUMNS < second % COLUMNS
     return first // COLUMNS < second // COLUMNS
+
+
+SO_TO = {  # relation -> for each cell, those that stand so to it
+    word: tuple(
+        frozenset(other for other in range(CELLS) if related(other, word, cell))
+        for cell in range(CELLS)
+    )
+    for word in RELATIONS
+}

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import numpy as np
 
 from clvr_jax.miniature import draws, held_out, scenes
+from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.draws import HELD_OUT_KINDS, KINDS
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.places import AREAS, CELL_NAMES, PLACES, RELATIONS, related
 from clvr_jax.miniature.scene import Scene
-from clvr_jax.miniature.scenes import pick
 from clvr_jax.miniature.sentences import write
 
 __all__ = [

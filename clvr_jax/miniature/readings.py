@@ -65,6 +65,11 @@ def read(codes: np.ndarray, confidence: np.ndarray, tidy: np.ndarray) -> Reading
     return Readings(codes.astype(np.int32), confidence, clean)
 
 
+def certain(codes: np.ndarray) -> Readings:
+    """Return the readings of pictures whose codes (b, 16) are known, by one who never errs."""
+    return read(codes, np.ones(codes.shape), np.ones(len(codes), bool))
+
+
 def agreement(a: Readings, b: Readings) -> dict[str, float]:
     """Return how far two readings of the same pictures agree, each share from 0 to 1.
 

@@ -5,9 +5,9 @@ from typing import NamedTuple, Optional
 import numpy as np
 
 from clvr_jax.miniature import words
-from clvr_jax.miniature.places import AREAS, CELL_NAMES, PLACES, RELATIONS, related
+from clvr_jax.miniature.chance import pick, shuffle
+from clvr_jax.miniature.places import AREAS, CELL_NAMES, PLACES, RELATIONS, SO_TO
 from clvr_jax.miniature.scene import COLOURS, SHAPES, SIZES, Scene, Thing
-from clvr_jax.miniature.scenes import pick
 
 
 class Description(NamedTuple):
@@ -37,7 +37,7 @@ class Description(NamedTuple):
         """
         cells = PLACES[self.place] if self.place else _EVERYWHERE
         if self.word:
-            cells &= _SO_TO[self.word][self.other.find(scene).cell]
+            cells &= SO_TO[self.word][self.other.find(scene).cell]
         return cells
 
     def find_all(self, scene: Scene) -> tuple[Thing, ...]:
@@ -66,11 +66,8 @@ class Description(NamedTuple):
 
 
 _EVERYWHERE = frozenset(CELL_NAMES)
-_SO_TO = {
-    word: {cell: frozenset(o for o in CELL_NAMES if related(o, word, cell)) for cell in CELL_NAMES}
-    for word in RELATIONS
-}
-_BY_LENGTH = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1))
+# what of shape, colour and size is said, in the order in which it is tried
+_SAID = ((1, 0, 0), (1, 1, 0), (0, 1, 0), (1, 0, 1), (0, 0, 1), (0, 1, 1), (1, 1, 1))
 
 
 def by_kind(scene: Scene, thing: Thing, among: frozenset[int] = _EVERYWHERE) -> list[Description]:
@@ -78,7 +75,7 @@ def by_kind(scene: Scene, thing: Thing, among: frozenset[int] = _EVERYWHERE) -> 
     others = [t for t in scene.things if t.cell in among and t.cell != thing.cell]
     found = [
         Description(*(value if said else None for value, said in zip(thing[1:], mask)))
-        for mask in _BY_LENGTH
+        for mask in _SAID
     ]
     return [name for name in found if not any(name.fits(other) for other in others)]
 
@@ -103,19 +100,13 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing) -> Description:
     elif way < 0.9:
         for other in shuffle(rng, [t for t in scene.things if t != thing]):
             marks = by_kind(scene, other)
-            words_ = [w for w in RELATIONS if thing.cell in _SO_TO[w][other.cell]]
-            for word in shuffle(rng, words_) if marks else ():
-                names = by_kind(scene, thing, _SO_TO[word][other.cell])
+            true = [word for word in RELATIONS if thing.cell in SO_TO[word][other.cell]]
+            for word in shuffle(rng, true) if marks else ():
+                names = by_kind(scene, thing, SO_TO[word][other.cell])
                 if names:
                     return names[0]._replace(word=word, other=marks[0])
     names = by_kind(scene, thing, frozenset({thing.cell}))
     return names[0]._replace(place=CELL_NAMES[thing.cell])
-
-
-def shuffle(rng: np.random.Generator, items: list) -> list:
-    """Return the items in random order."""
-    keys = rng.random(len(items)).tolist()
-    return [items[k] for k in sorted(range(len(items)), key=keys.__getitem__)]
 
 
 def say(rng: np.random.Generator, name: Description, article: str = "the") -> str:
@@ -132,7 +123,7 @@ def say_where(rng: np.random.Generator, name: Description, to: bool = False) -> 
     """Return the place or relation in words ("in the top row", "above the ring"), or ""."""
     parts = [words.place_phrase(rng, name.place, to)] if name.place else []
     if name.word:
-        parts.append(f"{words.vary(rng, words.RELATION_WORDS[name.word])} {say(rng, name.other)}")
+        parts.append(f"{words.relation_phrase(rng, name.word)} {say(rng, name.other)}")
     return " ".join(parts)
 
 

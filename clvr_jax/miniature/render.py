@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clvr_jax.miniature.scene import CELLS, COLOURS, ROWS, SHAPES, SIZES
+from clvr_jax.miniature.scene import CELLS, ROWS, SHAPES, indices_of
 from clvr_jax.typing import Array, Float, Int, PRNGKey, UInt8
 
 CELL = 16  # pixels of a cell's side
@@ -59,10 +59,7 @@ def _cells(codes: Int[Array, "cell"], key: PRNGKey) -> Float[Array, "cell y x rg
     """The cells of one picture, values around [0, 1]."""
     shift, grain, stain, shade = jax.random.split(key, 4)
     centres = jax.random.uniform(shift, (CELLS, 2), minval=-JITTER, maxval=JITTER)
-    kind = jnp.maximum(codes - 1, 0)
-    size = kind % len(SIZES)
-    colour = kind // len(SIZES) % len(COLOURS)
-    shape = kind // (len(SIZES) * len(COLOURS))
+    shape, colour, size = indices_of(jnp.maximum(codes, 1))
     there = (codes > 0)[:, None, None, None]
     radius = jnp.asarray(RADII)[size]
 
@@ -71,7 +68,7 @@ def _cells(codes: Int[Array, "cell"], key: PRNGKey) -> Float[Array, "cell y x rg
     x = line[None, None, :] - centres[:, 1, None, None]
     r = radius[:, None, None]
     x, y = x / r, y / r  # every shape has radius 1 there
-    distances = jnp.stack([distance(x, y) for distance in _DISTANCES], axis=-1)
+    distances = jnp.stack([distance(x, y) for distance in OUTLINES], axis=-1)
     index = jnp.broadcast_to(shape[:, None, None, None], (*distances.shape[:-1], 1))
     distance = jnp.take_along_axis(distances, index, axis=-1) * r[..., None]
     cover = jnp.clip(0.5 - distance, 0, 1) * there
@@ -123,14 +120,15 @@ def _corners(count: int, radii: tuple[float, ...]) -> np.ndarray:
     return np.stack([lengths * np.sin(angles), -lengths * np.cos(angles)], axis=1)
 
 
-_TRIANGLE = _corners(3, (1.12,)) + np.array([0.0, 0.16])
-_STAR = _corners(10, (1.12, 0.46)) + np.array([0.0, 0.06])
-_DISTANCES = tuple(
+TRIANGLE = _corners(3, (1.12,)) + np.array([0.0, 0.16])
+STAR = _corners(10, (1.12, 0.46)) + np.array([0.0, 0.06])
+# of each of `SHAPES`: from x, y in its radius to the signed distance to its border, negative inside
+OUTLINES = tuple(
     {
         "circle": _circle,
         "square": _square,
-        "triangle": functools.partial(_polygon, _TRIANGLE),
-        "star": functools.partial(_polygon, _STAR),
+        "triangle": functools.partial(_polygon, TRIANGLE),
+        "star": functools.partial(_polygon, STAR),
         "ring": _ring,
         "cross": _cross,
     }[name]

@@ -1,28 +1,32 @@
-"""What the miniature's networks learn from, drawn on the fly: a sample is a pure function of its
-random generator, so that a row of a training step is its number and the run's seed.
+"""What the miniature's image networks learn from, drawn on the fly.
+
+A sample is a pure function of its random generator: a row of a training step is its number and the
+run's seed, and nothing is stored.
 """
 
+import enum
 from typing import NamedTuple
 
 import numpy as np
 
 from clvr_jax.miniature import edits, prompts, scenes
+from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.scene import CELLS, SIZES, Scene, Thing
+from clvr_jax.miniature.pictures import Picture, new_seed, picture_of
+from clvr_jax.miniature.scene import CELLS, SIZES, Thing
 
+ROUND = 2**20  # rows of a round at most
 FULLEST = 0.8  # largest share of cells with a thing where only pictures are learnt
 
 
-class Picture(NamedTuple):
-    """A picture before it is rendered.
+class Stream(enum.IntEnum):
+    """Streams of random numbers of a training run, by what they decide."""
 
-    Attributes:
-      codes: kinds by cell (16,) int32.
-      seed: of jitter and texture, below 2^32.
-    """
-
-    codes: np.ndarray
-    seed: int
+    ORDER = 0
+    DROPOUT = 1
+    CROWDS = 2
+    DRAWINGS = 3
+    LESSONS = 16
 
 
 class Drawing(NamedTuple):
@@ -50,41 +54,55 @@ def generator(seed: int, number: int, stream: int = 0) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, stream, number]))
 
 
-def picture(rng: np.random.Generator) -> Picture:
+def row_generator(seed: int, epoch: int, row: int, stream: Stream) -> np.random.Generator:
+    """Return the generator of a row of a training step.
+
+    Args:
+      seed: of the run.
+      epoch: the round of the step.
+      row: number in the round, below `ROUND`.
+      stream: apart for what is drawn for different purposes.
+
+    Raises:
+      ValueError: the row is not of a round.
+    """
+    if not 0 <= row < ROUND:
+        raise ValueError(f"row {row} of a round; there are {ROUND} at most")
+    return generator(seed, epoch * ROUND + row, stream)
+
+
+def crowded_picture(rng: np.random.Generator) -> Picture:
     """Return a picture for the VAE, often crowded: any kind that may be trained, in any cell."""
     codes, fill = np.zeros(CELLS, np.int32), FULLEST * rng.random()
     for cell in np.flatnonzero(rng.random(CELLS) < fill):
         kind = scenes.kind(rng, None, None, Split.TRAIN)
-        codes[cell] = Thing(int(cell), *kind, scenes.pick(rng, SIZES)).code
-    return Picture(codes, _seed(rng))
+        codes[cell] = Thing(int(cell), *kind, pick(rng, SIZES)).code
+    return Picture(codes, new_seed(rng))
 
 
 def drawing(rng: np.random.Generator, references: int, split: Split = Split.TRAIN) -> Drawing:
     """Return a prompt without references, an edit with one, or one that brings something with two.
 
     Pictures before and after share their seed: what an edit does not name stays as it is.
+
+    Raises:
+      ValueError: another number of references.
     """
+    if references not in (0, 1, 2):
+        raise ValueError(f"{references} references; drawings of this world have 0, 1 or 2")
     if references == 0:
         prompt, scene = prompts.sample(rng, None, split)
-        return Drawing(prompt.text, _rendered(rng, scene))
+        return Drawing(prompt.text, picture_of(scene, rng))
     if references == 2:
         _, text, (first, second), after = edits.sample_pair(rng, split)
-        shown = _rendered(rng, first), _rendered(rng, second)
+        shown = picture_of(first, rng), picture_of(second, rng)
         return Drawing(text, Picture(after.codes(), shown[1].seed), shown)
     while True:
         before = scenes.sample(rng, split)
-        kind = scenes.pick(rng, edits.KINDS)
+        kind = pick(rng, edits.KINDS)
         try:
             _, text, after = edits.sample(rng, before, kind, split)
         except ValueError:  # a full scene takes no more, and one thing may have nowhere to go
             continue
-        shown = _rendered(rng, before)
+        shown = picture_of(before, rng)
         return Drawing(text, Picture(after.codes(), shown.seed), (shown,))
-
-
-def _rendered(rng: np.random.Generator, scene: Scene) -> Picture:
-    return Picture(scene.codes(), _seed(rng))
-
-
-def _seed(rng: np.random.Generator) -> int:
-    return int(rng.integers(2**32))

@@ -46,8 +46,8 @@ class Thing(NamedTuple):
     @property
     def code(self) -> int:
         """Its kind as a number from 1 to `KINDS`; 0 is an empty cell."""
-        shape, colour = SHAPES.index(self.shape), COLOURS.index(self.colour)
-        return 1 + (shape * len(COLOURS) + colour) * len(SIZES) + SIZES.index(self.size)
+        indices = SHAPES.index(self.shape), COLOURS.index(self.colour), SIZES.index(self.size)
+        return code_of(*indices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,14 @@ class Scene:
         if len(things) > MOST:
             raise ValueError(f"a scene holds at most {MOST} things, got {len(things)}")
         if len({thing.cell for thing in things}) != len(things):
-            raise ValueError(f"two things share a cell: {things}")
+            raise ValueError(f"two things share a cell, which holds one at most: {things}")
         for thing in things:
             known = thing.shape in SHAPES and thing.colour in COLOURS and thing.size in SIZES
             if not known or not 0 <= thing.cell < CELLS:
-                raise ValueError(f"{thing} is no thing of this world")
+                raise ValueError(
+                    f"{thing} is no thing of this world; cells are 0 to {CELLS - 1}, shapes "
+                    f"{SHAPES}, colours {COLOURS}, sizes {SIZES}"
+                )
 
     def codes(self) -> np.ndarray:
         """Return (16,) int32: the kind in each cell, 0 where it is empty."""
@@ -100,10 +103,20 @@ class Scene:
         return Scene((*self.without(*(thing.cell for thing in things)).things, *things))
 
 
+def code_of(shape, colour, size):
+    """Return the code of indices into `SHAPES`, `COLOURS` and `SIZES`; numbers or arrays."""
+    return 1 + (shape * len(COLOURS) + colour) * len(SIZES) + size
+
+
+def indices_of(code):
+    """Return the indices of shape, colour and size; the inverse of `code_of`."""
+    kind = code - 1
+    return kind // (len(SIZES) * len(COLOURS)), kind // len(SIZES) % len(COLOURS), kind % len(SIZES)
+
+
 def thing(cell: int, code: int) -> Thing:
     """Return the thing of a kind; the inverse of `Thing.code`."""
-    kind, size = divmod(int(code) - 1, len(SIZES))
-    shape, colour = divmod(kind, len(COLOURS))
+    shape, colour, size = indices_of(int(code))
     return Thing(int(cell), SHAPES[shape], COLOURS[colour], SIZES[size])
 
 

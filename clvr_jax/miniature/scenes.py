@@ -1,42 +1,32 @@
 """Scenes at random: all that a goal leaves open is drawn."""
 
 import functools
-from typing import TypeVar
+from collections.abc import Iterable
 
 import numpy as np
 
+from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import BANS, COLOURS_OF, PAIRS, SHAPES_OF, Split
-from clvr_jax.miniature.places import PLACES, RELATIONS, related
+from clvr_jax.miniature.places import OPPOSITE, PLACES, RELATIONS, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 
-T = TypeVar("T")
 _ALL = (1 << CELLS) - 1
 _TRIES = 12  # placements of one goal; what then has none is rare or contradicts itself
 
 
-def _mask(cells) -> int:
+def _mask(cells: Iterable[int]) -> int:
+    """Cells as the bits of a number: sets that are quick to cut."""
     return sum(1 << cell for cell in cells)
 
 
 _PLACE = {name: _mask(cells) for name, cells in PLACES.items()} | {None: _ALL}
-_TO = {  # cells that cell c stands so to
-    word: [_mask(o for o in range(CELLS) if related(c, word, o)) for c in range(CELLS)]
-    for word in RELATIONS
-}
-_FROM = {  # cells that stand so to cell c
-    word: [_mask(o for o in range(CELLS) if related(o, word, c)) for c in range(CELLS)]
-    for word in RELATIONS
-}
+_FROM = {word: [*map(_mask, SO_TO[word])] for word in RELATIONS}  # that stand so to a cell
+_TO = {word: _FROM[OPPOSITE[word]] for word in RELATIONS}  # that a cell stands so to
 _BANS = {
     shape: [tuple((other, _mask(cells)) for other, cells in entry) for entry in rows]
     for shape, rows in BANS.items()
 }
-
-
-def pick(rng: np.random.Generator, options) -> T:
-    """Return one of a sequence; `rng.choice` takes thirty times as long."""
-    return options[int(rng.random() * len(options))]
 
 
 @functools.cache
@@ -107,7 +97,11 @@ def _place(slots, groups, links, kinds, free, rng, clean) -> list[int] | None:
 
 
 def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> Scene:
-    """Return any scene of `count` things (1 to `MOST` at random where None)."""
+    """Return any scene of `count` things (1 to `MOST` at random where None).
+
+    Raises:
+      ValueError: a scene does not hold so many.
+    """
     count = int(rng.integers(1, MOST + 1)) if count is None else count
     goal = Goal((Group(count),) if count else ())
     while True:

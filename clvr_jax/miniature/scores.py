@@ -7,19 +7,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from clvr_jax.backends.requests import FAULTS
 from clvr_jax.miniature import edits, samples, scenes
 from clvr_jax.miniature.edits import Edit
-from clvr_jax.miniature.goal import CELL_NAMES, Fault, Goal
+from clvr_jax.miniature.goal import Fault, Goal
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.pictures import Picture, picture_of
+from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.prompts import TIERS, Prompt, tier
 from clvr_jax.miniature.readings import SURE, Readings
-from clvr_jax.miniature.samples import Picture
-from clvr_jax.miniature.scene import CELLS, MOST, Scene, Thing
+from clvr_jax.miniature.scene import CELLS, MOST, Scene
+from clvr_jax.miniature.words import article, kind_name
 from clvr_jax.statistics import Rate, rate
 
 EDITS = (*edits.KINDS, *edits.PAIR_KINDS)
 UNCLEAR = "unclear"  # the fault of a picture that holds more than clean things
-FAULTS = ("missing", "extra", "shape", "colour", "size", "place", "relation", UNCLEAR)
 _SEEDS = {Split.TEST: 20_260_101, Split.DEV: 20_260_102, Split.HELD_OUT: 20_260_103}
 
 
@@ -38,7 +40,7 @@ class Verdict(NamedTuple):
     faults: tuple[tuple[str, str], ...]
 
 
-class Case(NamedTuple):
+class EditCase(NamedTuple):
     """An edit to be drawn.
 
     Attributes:
@@ -85,11 +87,13 @@ def judge(goal: Goal, readings: Readings, i: int) -> Verdict:
     clean = bool(readings.clean[i])
     found = [] if clean else [(UNCLEAR, _unclear(readings, i))]
     if readings.counts[i] <= MOST:
-        found += [(fault.kind, words(fault, goal)) for fault in goal.faults(readings.scene(i))]
+        found += [
+            (fault.kind, fault_words(fault, goal)) for fault in goal.faults(readings.scene(i))
+        ]
     return Verdict(not found, clean, tuple(found))
 
 
-def judge_edit(case: Case, readings: Readings, i: int) -> EditVerdict:
+def judge_edit(case: EditCase, readings: Readings, i: int) -> EditVerdict:
     """Judge picture i as the result of an edit."""
     clean = bool(readings.clean[i])
     said = [] if clean else [_unclear(readings, i)]
@@ -121,7 +125,7 @@ def changed_and_kept(
     return changed, kept
 
 
-def cases(split: Split, kind: str, count: int) -> list[Case]:
+def edit_cases(split: Split, kind: str, count: int) -> list[EditCase]:
     """Return the first `count` edits of a kind: always the same, whatever the count.
 
     Raises:
@@ -129,26 +133,25 @@ def cases(split: Split, kind: str, count: int) -> list[Case]:
     """
     if kind not in EDITS or split not in _SEEDS:
         raise ValueError(
-            f"no edits of kind {kind} in {split.value}; kinds are {', '.join(EDITS)}, splits "
+            f"no fixed edits of kind {kind} in {split.value}; kinds are {', '.join(EDITS)}, splits "
             + ", ".join(each.value for each in _SEEDS)
         )
     stream = EDITS.index(kind)
     return [_case(samples.generator(_SEEDS[split], i, stream), split, kind) for i in range(count)]
 
 
-def _case(rng: np.random.Generator, split: Split, kind: str) -> Case:
-    seed = lambda: int(rng.integers(2**32))
+def _case(rng: np.random.Generator, split: Split, kind: str) -> EditCase:
     if kind in edits.PAIR_KINDS:
         edit, text, (source, before), after = edits.sample_pair(rng, split)
-        shown = Picture(source.codes(), seed()), Picture(before.codes(), seed())
-        return Case(kind, text, edit, before, source, shown, after)
+        shown = picture_of(source, rng), picture_of(before, rng)
+        return EditCase(kind, text, edit, before, source, shown, after)
     while True:
         before = scenes.sample(rng, split)
         try:
             edit, text, after = edits.sample(rng, before, kind, split)
         except ValueError:  # e.g. a full scene takes no more
             continue
-        return Case(kind, text, edit, before, None, (Picture(before.codes(), seed()),), after)
+        return EditCase(kind, text, edit, before, None, (picture_of(before, rng),), after)
 
 
 def exact(readings: Readings, codes: Int[np.ndarray, "b cell"]) -> Bool[np.ndarray, "b"]:
@@ -184,7 +187,7 @@ def prompt_report(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dic
     }
 
 
-def edit_report(cases: Sequence[Case], verdicts: Sequence[EditVerdict]) -> dict[str, Any]:
+def edit_report(cases: Sequence[EditCase], verdicts: Sequence[EditVerdict]) -> dict[str, Any]:
     """Return rates of `passed`, `changed`, `kept` and `clean`, by kind and number of references."""
     keys = {
         "kinds": [case.kind for case in cases],
@@ -205,30 +208,22 @@ def tier_name(number: int) -> str:
     return f"{low:g} and more" if high is None else f"{low:g} to {high:g}"
 
 
-def words(fault: Fault, goal: Goal) -> str:
+def fault_words(fault: Fault, goal: Goal) -> str:
     """Return a fault in words, e.g. "red circle should be blue"."""
     group = None if fault.group is None else goal.groups[fault.group]
-    asked = group and _name(group.size, group.colour, group.shape)
+    asked = group and kind_name(*group[1:4])
     if fault.kind == "missing":
         return f"missing: {asked}" + (f", {group.place}" if group.place else "")
-    thing = f"{_named(fault.thing)}, {CELL_NAMES[fault.thing.cell]}"
+    thing = f"{kind_name(*fault.thing[1:])}, {CELL_NAMES[fault.thing.cell]}"
     if fault.kind == "extra":
         return f"extra: {thing}"
     if fault.kind == "place":
         return f"{thing}, should be in: {group.place}"
     if fault.kind == "relation":
-        second = goal.groups[fault.relation.second]
-        other = _name(second.size, second.colour, second.shape)
+        other = kind_name(*goal.groups[fault.relation.second][1:4])
         return f"{thing}, is not {fault.relation.word} the {other}"
-    return f"{thing}, should be {'a ' * (fault.kind == 'shape')}{getattr(group, fault.kind)}"
-
-
-def _name(size: str | None, colour: str | None, shape: str | None) -> str:
-    return " ".join(word for word in (size, colour, shape or "thing") if word)
-
-
-def _named(thing: Thing) -> str:
-    return _name(thing.size, thing.colour, thing.shape)
+    wanted = getattr(group, fault.kind)
+    return f"{thing}, should be {article(wanted) if fault.kind == 'shape' else wanted}"
 
 
 def _unclear(readings: Readings, i: int) -> str:
@@ -244,7 +239,7 @@ def _unclear(readings: Readings, i: int) -> str:
 def _moved(before: Scene, after: Scene) -> list[str]:
     """Say what differs, place by place."""
     said = []
-    of = lambda thing: _named(thing) if thing else "empty"
+    of = lambda thing: kind_name(*thing[1:]) if thing else "empty"
     for cell in range(CELLS):
         old, new = before.at(cell), after.at(cell)
         if old != new:

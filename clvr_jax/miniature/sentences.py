@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 from clvr_jax.miniature import words
+from clvr_jax.miniature.chance import pick, shuffle
 from clvr_jax.miniature.goal import Goal, Group
-from clvr_jax.miniature.scenes import pick
 
 VERBS = ("draw", "paint", "show", "make", "create", "sketch")
 ASKS = (*VERBS, "draw me", "paint me", "show me", "make me", "give me")  # "please" may come before
@@ -65,7 +65,7 @@ def write(goal: Goal, rng: np.random.Generator) -> str:
         first, word, second = relation
         if not names(groups, first) or not names(groups, second):
             raise ValueError(f"no words tell the things of {relation} from others in {goal}")
-        saying, way = vary_relation(rng, word), rng.random()
+        saying, way = words.relation_phrase(rng, word), rng.random()
         fresh = first not in inside and groups[first].place is None
         if fresh and second not in inside and groups[second].place is None and way < 0.5:
             pairs.append(f"{phrase[first]} {saying} {phrase[second]}")
@@ -92,19 +92,8 @@ def write(goal: Goal, rng: np.random.Generator) -> str:
         else:
             plain.append(phrase[i])
             late.append(f"{call(i)} is {words.place_phrase(rng, group.place)}")
-    plain = shuffled(rng, plain) + list(tails.values())
-    return words.finish(rng, _lists(rng, plain) + fronted + shuffled(rng, late))
-
-
-def vary_relation(rng: np.random.Generator, word: str) -> str:
-    """Return one way to say a relation."""
-    return words.vary(rng, words.RELATION_WORDS[word])
-
-
-def shuffled(rng: np.random.Generator, items: list[str]) -> list[str]:
-    """Return the items in random order."""
-    keys = rng.random(len(items)).tolist()
-    return [item for _, item in sorted(zip(keys, items))]
+    plain = shuffle(rng, plain) + list(tails.values())
+    return words.finish(rng, _lists(rng, plain) + fronted + shuffle(rng, late))
 
 
 def _lists(rng: np.random.Generator, items: list[str]) -> list[str]:

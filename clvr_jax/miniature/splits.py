@@ -4,17 +4,16 @@ import functools
 
 import numpy as np
 
-from clvr_jax.miniature import prompts as _prompts
+from clvr_jax.miniature.draws import HELD_OUT_KINDS, KINDS
 from clvr_jax.miniature.held_out import Split, plain
-
-__all__ = ["COUNTS", "Split", "prompts"]
+from clvr_jax.miniature.prompts import Prompt, sample
 
 COUNTS = {Split.TEST: 200, Split.DEV: 50, Split.HELD_OUT: 90}  # prompts of each kind
 _SEEDS = {Split.TEST: 20_260_001, Split.DEV: 20_260_002, Split.HELD_OUT: 20_260_003}
 
 
 @functools.cache
-def prompts(split: Split) -> tuple[_prompts.Prompt, ...]:
+def prompts(split: Split) -> tuple[Prompt, ...]:
     """Return the fixed prompts of dev (600), test (2,400) or held-out (900), kind after kind.
 
     No text comes twice, nor one that differs from another by capitals or the full stop alone. Dev
@@ -25,18 +24,21 @@ def prompts(split: Split) -> tuple[_prompts.Prompt, ...]:
       ValueError: the training split, which has no end: draw from `prompts.sample`.
     """
     if split not in COUNTS:
-        raise ValueError("training prompts are drawn without end: prompts.sample(rng)")
-    kinds = _prompts.HELD_OUT_KINDS if split is Split.HELD_OUT else _prompts.KINDS
-    found: dict[str, _prompts.Prompt] = {}
+        raise ValueError(
+            f"the {split.value} split has no fixed list, its prompts are drawn without end: "
+            "prompts.sample(rng)"
+        )
+    kinds = HELD_OUT_KINDS if split is Split.HELD_OUT else KINDS
+    found: dict[str, Prompt] = {}
     for kind in kinds:
-        draw(found, split, kind, COUNTS[split])
+        extend(found, split, kind, COUNTS[split])
     return tuple(found.values())
 
 
-def draw(found: dict[str, _prompts.Prompt], split: Split, kind: str, count: int):
+def extend(found: dict[str, Prompt], split: Split, kind: str, count: int) -> None:
     """Add `count` prompts of a kind to those found, by their plain texts; always the same ones."""
-    rng = np.random.default_rng((_SEEDS[split], _prompts.KINDS.index(kind)))
+    rng = np.random.default_rng((_SEEDS[split], KINDS.index(kind)))
     most = len(found) + count
     while len(found) < most:
-        prompt, _ = _prompts.sample(rng, kind, split)
+        prompt, _ = sample(rng, kind, split)
         found.setdefault(plain(prompt.text), prompt)

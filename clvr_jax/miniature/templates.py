@@ -19,7 +19,7 @@ RANK = 64  # of the bank's basis; loses 4e-4 of the templates' energy, of one at
 
 
 @functools.cache
-def bank():
+def bank() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Basis (rank, pixel), templates in it (kind * sharp * phase, rank) of length 1, and lengths.
 
     The centroid, not the centre, of each stands in the window's middle moved by its phase, since
@@ -33,7 +33,7 @@ def bank():
     def covers(radius, shifts):  # (shape, phase, 2) to (shape, phase, y, x)
         y = (line[:, None] - shifts[..., :1, None]) / radius
         x = (line[None, :] - shifts[..., 1:, None]) / radius
-        signed = [distance(x[i], y[i]) for i, distance in enumerate(render._DISTANCES)]
+        signed = [distance(x[i], y[i]) for i, distance in enumerate(render.OUTLINES)]
         return jnp.clip(0.5 - jnp.stack(signed) * radius, 0, 1)
 
     kinds = []

@@ -49,6 +49,21 @@ def place_phrase(rng: np.random.Generator, place: str, to: bool = False) -> str:
     return f"{'on' if noun.endswith('side') else 'in'} the {noun}"
 
 
+def relation_phrase(rng: np.random.Generator, word: str) -> str:
+    """Return "above" or "over"."""
+    return vary(rng, RELATION_WORDS[word])
+
+
+def kind_name(shape: str | None, colour: str | None, size: str | None) -> str:
+    """Return "small red star" in the usual words, "thing" where no shape is said."""
+    return " ".join(part for part in (size, colour, shape or "thing") if part)
+
+
+def article(words: str) -> str:
+    """Return "a star" for "star", "an orange star" for "orange star"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
 def kind_words(
     rng: np.random.Generator,
     shape: str | None,
@@ -77,11 +92,11 @@ def noun_phrase(
     words = kind_words(rng, shape, colour, size, many=count > 1)
     if count > 1 or rng.random() < 0.1:
         return f"{NUMBERS[count - 1]} {words}"
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    return article(words)
 
 
 def enumerate_words(items: list[str]) -> str:
-    """Return "a, b and c"."""
+    """Return "a, b and c" of one item or more."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 

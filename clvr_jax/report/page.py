@@ -35,6 +35,11 @@ def png_uri(picture: UInt8[np.ndarray, "y x 3"]) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def percent(share: float) -> str:
+    """Return a share in words of percent, "12.3 %"."""
+    return f"{100 * share:.1f} %"
+
+
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -45,5 +50,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.tests["rate"] = lambda value: isinstance(value, Rate)
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f} %"
+    environment.filters["percent"] = percent
     return environment

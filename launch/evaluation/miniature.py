@@ -8,9 +8,9 @@ import numpy as np
 
 from clvr_jax.miniature import detect, detect_eval, samples, scenes, scores
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.pictures import picture_of, rendered, stacked
 from clvr_jax.miniature.prompts import KINDS, Prompt
 from clvr_jax.miniature.readings import Readings, agreement
-from clvr_jax.miniature.render import keys, render
 from clvr_jax.miniature.splits import prompts
 from clvr_jax.statistics import rate
 from launch.evaluation.sampling import Draw, Job, draw_all, groups, total_speed
@@ -68,7 +68,7 @@ class Drawn(NamedTuple):
 
     Attributes:
       report: numbers, for the result file.
-      asked: prompts or cases.
+      asked: prompts or cases of edits.
       given: pictures given to each, for edits.
       pictures: drawn.
       verdicts: on each.
@@ -149,11 +149,11 @@ def draw_prompts(parts: Parts, plan: Plan) -> Drawn:
 
 def draw_edits(parts: Parts, plan: Plan) -> Drawn:
     """Draw edits of renders of true scenes, all kinds, and judge them."""
-    per_kind = {kind: scores.cases(plan.split, kind, plan.edits) for kind in scores.EDITS}
+    per_kind = {kind: scores.edit_cases(plan.split, kind, plan.edits) for kind in scores.EDITS}
     asked = [case for cases in per_kind.values() for case in cases]
     numbers = [i for cases in per_kind.values() for i in range(len(cases))]
     flat = [picture for case in asked for picture in case.shown]
-    shown = iter(rendered(flat))
+    shown = iter(rendered(flat, _CHUNK))
     given = [tuple(next(shown) for _ in case.shown) for case in asked]
     jobs = [
         Job(case.text, number + plan.seed, pictures)
@@ -192,12 +192,15 @@ def vae_ceiling(parts: Parts, plan: Plan) -> Ceiling:
     for number in range(plan.renders):
         rng = samples.generator(_RENDERS, number)
         scene = scenes.sample(rng, plan.split)
-        drawn.append(samples.Picture(scene.codes(), int(rng.integers(2**32))))
-    codes = np.stack([picture.codes for picture in drawn])
-    before = rendered(drawn)
+        drawn.append(picture_of(scene, rng))
+    codes, _ = stacked(drawn)
+    before = rendered(drawn, _CHUNK)
     after = np.concatenate(
         [
-            parts.recode(_padded(before[i : i + _CHUNK]))[: len(before) - i]
+            # rows repeat up to a whole chunk, so that one program serves all
+            parts.recode(np.resize(before[i : i + _CHUNK], (_CHUNK, *before.shape[1:])))[
+                : len(before) - i
+            ]
             for i in range(0, len(before), _CHUNK)
         ]
     )
@@ -211,17 +214,6 @@ def vae_ceiling(parts: Parts, plan: Plan) -> Ceiling:
     return Ceiling(report, before, after, exact)
 
 
-def rendered(pictures: list[samples.Picture]) -> np.ndarray:
-    """Return the pixels of pictures."""
-    parts = []
-    for i in range(0, len(pictures), _CHUNK):
-        part = pictures[i : i + _CHUNK]
-        codes = _padded(np.stack([picture.codes for picture in part]))
-        seeds = _padded(np.array([picture.seed for picture in part], np.uint32))
-        parts.append(np.asarray(render(codes, keys(seeds)))[: len(part)])
-    return np.concatenate(parts)
-
-
 def _chosen(listed: tuple[Prompt, ...], count: int) -> list[tuple[int, Prompt]]:
     """The first prompts of each kind with their numbers in the list."""
     numbered = list(enumerate(listed))
@@ -230,11 +222,7 @@ def _chosen(listed: tuple[Prompt, ...], count: int) -> list[tuple[int, Prompt]]:
 
 
 def _draw(parts: Parts, plan: Plan, jobs: list[Job], what: str) -> tuple[np.ndarray, list[Any]]:
+    """The pictures of jobs, and what each group of them took."""
     tokens = parts.tokens([job.text for job in jobs])
     found = groups(jobs, tokens, parts.bucket, plan.batch)
     return draw_all(parts.draw, jobs, found, what)
-
-
-def _padded(values: np.ndarray) -> np.ndarray:
-    """Repeat rows up to a whole chunk, so that one program serves all."""
-    return np.resize(values, (_CHUNK, *values.shape[1:]))

@@ -1,21 +1,20 @@
 """An evaluation as a page: tables, and pictures that passed and failed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from clvr_jax.report.evaluation import Card, Gallery, Section, Table, Tile, evaluation_page
-from clvr_jax.report.page import png_uri
+from clvr_jax.report.page import percent, png_uri
 from clvr_jax.statistics import Rate
 from launch.evaluation.miniature import Ceiling, Drawn, Evaluation
-from launch.evaluation.view import CEILING, references, speed, tiers
+from launch.evaluation.view import DETECTORS, EDIT_FIELDS, ceiling_rows, edit_rows, speed, tiers
 from launch.pictures import write_text
 
-MOST = 6  # cards of one kind that passed, and as many that failed
+_CARDS = 6  # cards of one kind that passed, and as many that failed
 _PICKED = "The first ones of each kind by number, passed and failed; none is chosen."
-_PAIR = ("evaluation detector", "reward detector")
 
 
 def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
@@ -46,7 +45,7 @@ def _tiles(evaluation: Evaluation) -> Iterator[Tile]:
         )
     if evaluation.ceiling:
         yield _rate_tile("VAE ceiling", evaluation.ceiling.report["recoded"]["evaluation"])
-    yield Tile("detectors agree", _percent(report["agreement"]["verdicts"]), "on pass or fail")
+    yield Tile("detectors agree", percent(report["agreement"]["verdicts"]), "on pass or fail")
     found = report["speed"]
     note = f"compiling apart, {found['compile_s']:.0f} s"
     yield Tile("pictures per second", f"{found['pictures_per_s']:.3g}", note)
@@ -54,11 +53,7 @@ def _tiles(evaluation: Evaluation) -> Iterator[Tile]:
 
 def _rate_tile(label: str, rate: Rate) -> Tile:
     ends = f"{100 * rate.low:.1f} – {100 * rate.high:.1f}, {rate.passed} of {rate.trials}"
-    return Tile(label, _percent(rate.value), ends)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+    return Tile(label, percent(rate.value), ends)
 
 
 def _prompts(drawn: Drawn) -> Section:
@@ -79,8 +74,8 @@ def _prompts(drawn: Drawn) -> Section:
             [
                 (
                     kind,
-                    f"{found['pictures']} ({_percent(found['pictures'] / total)})",
-                    found["times"],
+                    f"{found['pictures']} ({percent(found['pictures'] / total)})",
+                    str(found["times"]),
                 )
                 for kind, found in faults
                 if found["times"]
@@ -91,67 +86,53 @@ def _prompts(drawn: Drawn) -> Section:
             "Two detectors agree",
             ("on", "share"),
             [
-                ("pass or fail", _percent(agree["verdicts"])),
-                ("whether a picture is clean", _percent(agree["clean"])),
-                ("all cells of a picture", _percent(agree["pictures"])),
-                ("all cells, both call it clean", _percent(agree["clean_pictures"])),
-                ("single cells", _percent(agree["cells"])),
+                ("pass or fail", percent(agree["verdicts"])),
+                ("whether a picture is clean", percent(agree["clean"])),
+                ("all cells of a picture", percent(agree["pictures"])),
+                ("all cells, both call it clean", percent(agree["clean_pictures"])),
+                ("single cells", percent(agree["cells"])),
             ],
         ),
     ]
-    galleries = []
-    for kind, rate in report["kinds"].items():
-        numbers = [i for i, prompt in enumerate(drawn.asked) if prompt.kind == kind]
-        cards = []
-        for i in _some(numbers, drawn.verdicts):
-            item, verdict = report["items"][i], drawn.verdicts[i]
-            source = f"no. {item['number']}, seed {item['seed']}"
-            notes = tuple(words for _, words in verdict.faults)
-            shown = (("", png_uri(drawn.pictures[i])),)
-            cards.append(Card(drawn.asked[i].text, verdict.passed, shown, _few(notes), source))
-        galleries.append(Gallery(kind, rate, cards))
+    galleries = _galleries(
+        drawn,
+        report["kinds"],
+        shown=lambda i: [("", drawn.pictures[i])],
+        notes=lambda i: [words for _, words in drawn.verdicts[i].faults],
+    )
     return Section("Prompts", f"{speed(report['speed'])}. {_PICKED}", tables, galleries)
 
 
 def _edits(drawn: Drawn) -> Section:
     report = drawn.report
-    fields = ("passed", "changed", "kept")
-    rows = [*report["kinds"].items(), *(references(n, r) for n, r in report["references"].items())]
     table = Table(
         "By kind of edit",
-        ("edit", *fields),
-        [(name, *(rates[field] for field in fields)) for name, rates in rows],
+        ("edit", *EDIT_FIELDS),
+        [(name, *rates) for name, rates in edit_rows(report)],
         "Passed: the picture is clean, the change is made, and all else is as it was. Changed: the "
         "change is made, whatever else happened. Kept: all else is as it was.",
     )
-    galleries = []
-    for kind, rates in report["kinds"].items():
-        numbers = [i for i, case in enumerate(drawn.asked) if case.kind == kind]
-        cards = []
-        for i in _some(numbers, drawn.verdicts):
-            item, verdict = report["items"][i], drawn.verdicts[i]
-            labels = ("before",) if len(drawn.given[i]) == 1 else ("image 1", "image 2")
-            shown = [
-                *zip(labels, map(png_uri, drawn.given[i])),
-                ("after", png_uri(drawn.pictures[i])),
-            ]
-            source = f"no. {item['number']}, seed {item['seed']}"
-            text = drawn.asked[i].text
-            cards.append(Card(text, verdict.passed, tuple(shown), _few(verdict.faults), source))
-        galleries.append(Gallery(kind, rates["passed"], cards))
+
+    def shown(i: int) -> list[tuple[str, np.ndarray]]:
+        labels = ("before",) if len(drawn.given[i]) == 1 else ("image 1", "image 2")
+        return [*zip(labels, drawn.given[i], strict=True), ("after", drawn.pictures[i])]
+
+    galleries = _galleries(
+        drawn,
+        {kind: rates["passed"] for kind, rates in report["kinds"].items()},
+        shown=shown,
+        notes=lambda i: drawn.verdicts[i].faults,
+    )
     text = f"On renders of true scenes. {speed(report['speed'])}. {_PICKED}"
     return Section("Edits", text, [table], galleries)
 
 
 def _ceiling(ceiling: Ceiling) -> Section:
     report = ceiling.report
-    rows = [
-        (words, *(report[name][d] for d in ("evaluation", "reward")))
-        for name, words in CEILING.items()
-    ]
+    rows = [(name, *rates) for name, rates in ceiling_rows(report)]
     note = f"The VAE changes a pixel by {report['mean_error_levels']:.2f} grey levels on average."
-    table = Table("Read exactly", ("pictures", *_PAIR), rows, note)
-    numbers = [*np.flatnonzero(ceiling.exact)[:MOST], *np.flatnonzero(~ceiling.exact)[:MOST]]
+    table = Table("Read exactly", ("pictures", *DETECTORS.values()), rows, note)
+    numbers = [*np.flatnonzero(ceiling.exact)[:_CARDS], *np.flatnonzero(~ceiling.exact)[:_CARDS]]
     cards = []
     for i in numbers:
         shown = ("render", png_uri(ceiling.before[i])), ("recoded", png_uri(ceiling.after[i]))
@@ -164,14 +145,47 @@ def _ceiling(ceiling: Ceiling) -> Section:
     return Section("VAE ceiling", text, [table], [gallery])
 
 
+def _galleries(
+    drawn: Drawn,
+    rates: dict[str, Rate],
+    shown: Callable[[int], Sequence[tuple[str, np.ndarray]]],
+    notes: Callable[[int], Sequence[str]],
+) -> list[Gallery]:
+    """Cards of each kind.
+
+    Args:
+      drawn: all cases.
+      rates: of the kinds.
+      shown: labels and pictures of a case.
+      notes: what is wrong with it.
+    """
+    galleries = []
+    for kind, rate in rates.items():
+        numbers = [i for i, asked in enumerate(drawn.asked) if asked.kind == kind]
+        cards = []
+        for i in _some(numbers, drawn.verdicts):
+            item, verdict = drawn.report["items"][i], drawn.verdicts[i]
+            source = f"no. {item['number']}, seed {item['seed']}"
+            pictures = tuple((label, png_uri(picture)) for label, picture in shown(i))
+            text = drawn.asked[i].text
+            cards.append(Card(text, verdict.passed, pictures, _few(notes(i)), source))
+        galleries.append(Gallery(kind, rate, cards))
+    return galleries
+
+
 def _some(numbers: list[int], verdicts: list[Any]) -> list[int]:
     """The first few that passed, then the first few that failed."""
     split = [[i for i in numbers if verdicts[i].passed is wanted] for wanted in (True, False)]
-    return [i for part in split for i in part[:MOST]]
+    return [i for part in split for i in part[:_CARDS]]
 
 
-def _few(notes: tuple[str, ...], most: int = 4) -> tuple[str, ...]:
-    return notes if len(notes) <= most else (*notes[: most - 1], f"{len(notes) - most + 1} more")
+def _few(notes: Sequence[str], most: int = 4) -> tuple[str, ...]:
+    """At most so many notes, the last of them of how many more there are."""
+    return (
+        tuple(notes)
+        if len(notes) <= most
+        else (*notes[: most - 1], f"{len(notes) - most + 1} more")
+    )
 
 
 def _facts(about: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -41,14 +41,14 @@ def parts_of(weights: Any, model: Any, steps: int, guidance: float) -> Parts:
 
     def recode(pictures: np.ndarray) -> np.ndarray:
         dtype = jax.tree.leaves(model.params["vae"])[0].dtype
-        values = (pictures.astype(np.float32) / 127.5 - 1).astype(dtype)
+        values = _values(pictures).astype(dtype)
         return np.asarray(through(model.networks, model.params["vae"], values))
 
-    draw = painter(model, steps, guidance, weights.pattern, SIDE)
+    draw = draw_with(model, steps, guidance, weights.pattern, SIDE)
     return Parts(draw, tokens, bucket, recode, policy.buckets)
 
 
-def painter(model: Any, steps: int, guidance: float, pattern: str, side: int) -> Draw:
+def draw_with(model: Any, steps: int, guidance: float, pattern: str, side: int) -> Draw:
     """Return what draws with a model.
 
     Args:
@@ -59,10 +59,15 @@ def painter(model: Any, steps: int, guidance: float, pattern: str, side: int) ->
 
     def draw(texts, references, seeds, text_tokens):
         settings = image.Settings(side, side, steps, guidance, text_tokens, pattern)
-        values = [[picture.astype(np.float32) / 127.5 - 1 for picture in row] for row in references]
+        values = [[_values(picture) for picture in row] for row in references]
         return image.generate_each(model, texts, values, seeds, settings)
 
     return draw
+
+
+def _values(pictures: np.ndarray) -> np.ndarray:
+    """Levels of 0 to 255 as values in [-1, 1]."""
+    return pictures.astype(np.float32) / 127.5 - 1
 
 
 def fingerprints(weights: Any) -> dict[str, str]:

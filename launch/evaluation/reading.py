@@ -13,13 +13,13 @@ from clvr_jax.backends.protocol import Message, Options, Vlm
 from clvr_jax.miniature.goal import Goal
 from clvr_jax.miniature.scene import Scene
 from clvr_jax.miniature.teacher.looks import read_inventory
-from clvr_jax.statistics import wilson
+from clvr_jax.statistics import Rate, rate_of
 
 _GREEDY = Options(max_tokens=256, temperature=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Seen:
     """A picture whose scene is known, beside what it was drawn for.
 
     Attributes:
@@ -40,12 +40,12 @@ class Case:
         return frozenset(fault.kind for fault in self.goal.faults(self.scene))
 
 
-def measure(vlm: Vlm, cases: Sequence[Case]) -> dict[str, Any]:
+def measure(vlm: Vlm, cases: Sequence[Seen]) -> dict[str, Any]:
     """Return how a model reads pictures.
 
     Returns:
-      inventory: share of pictures whose inventory is exactly right; things: share of the things
-      that are listed rightly, and of those listed that are there. wrong: precision and recall of
+      Rates. inventory: of pictures whose inventory is exactly right; things: of the things that
+      are listed rightly, and of those listed that are there. wrong: precision and recall of
       "something is wrong", and accuracy; faults: the same for each kind of fault. An answer that
       cannot be understood is counted in `unreadable`, and is right about nothing.
     """
@@ -71,10 +71,10 @@ def measure(vlm: Vlm, cases: Sequence[Case]) -> dict[str, Any]:
     }
     return {
         "pictures": len(cases),
-        "inventory": _share(exact, len(cases)),
+        "inventory": rate_of(exact, len(cases)),
         "things": {
-            "precision": _share(both, sum(map(len, said))),
-            "recall": _share(both, sum(map(len, true))),
+            "precision": rate_of(both, sum(map(len, said))),
+            "recall": rate_of(both, sum(map(len, true))),
         },
         "wrong": wrong,
         "faults": kinds,
@@ -110,27 +110,20 @@ def _faults(text: str) -> frozenset[str] | None:
         return None
 
 
-def _detection(true: Sequence[bool], said: Sequence[bool | None]) -> dict[str, Any]:
+def _detection(true: Sequence[bool], said: Sequence[bool | None]) -> dict[str, Rate]:
+    """Precision, recall and accuracy of what is said; None is said wrongly of either."""
     counts = Counter(zip(true, said, strict=True))
     hits = counts[True, True]
     return {
-        "precision": _share(hits, hits + counts[False, True]),
-        "recall": _share(hits, sum(true)),
-        "accuracy": _share(hits + counts[False, False], len(true)),
+        "precision": rate_of(hits, hits + counts[False, True]),
+        "recall": rate_of(hits, sum(true)),
+        "accuracy": rate_of(hits + counts[False, False], len(true)),
     }
-
-
-def _share(part: int, whole: int) -> dict[str, Any]:
-    """A share with its Wilson interval; None where there is nothing to share."""
-    if not whole:
-        return {"share": None, "of": 0}
-    low, high = wilson(part, whole)
-    return {"share": part / whole, "of": int(whole), "low": float(low), "high": float(high)}
 
 
 def cases_of(
     pictures: np.ndarray, scenes: Sequence[Scene | None], prompts: Sequence[Any]
-) -> list[Case]:
+) -> list[Seen]:
     """Return cases of generated pictures, those whose scene a detector could tell.
 
     Args:
@@ -139,7 +132,7 @@ def cases_of(
       prompts: what each was drawn for.
     """
     return [
-        Case(Image.fromarray(pixels), scene, prompt.text, prompt.goal)
+        Seen(Image.fromarray(pixels), scene, prompt.text, prompt.goal)
         for pixels, scene, prompt in zip(pictures, scenes, prompts, strict=True)
         if scene is not None
     ]

@@ -44,7 +44,9 @@ class Group(NamedTuple):
     jobs: np.ndarray
 
 
-def groups(jobs: Sequence[Job], tokens: Sequence[int], bucket: Callable[[int], int], most: int):
+def groups(
+    jobs: Sequence[Job], tokens: Sequence[int], bucket: Callable[[int], int], most: int
+) -> list[Group]:
     """Return the groups of jobs, so that each text is in the smallest bucket that it fits into.
 
     Args:
@@ -103,9 +105,7 @@ def draw_all(
                 "pictures": len(group.jobs),
                 "seconds": round(seconds, 3),
                 "compile_s": round(compiled(), 3),
-                "pictures_per_s": round(
-                    len(group.jobs) / max(seconds - compiled(), 1e-9), 3
-                ),  # without compiling
+                "pictures_per_s": _per_second(len(group.jobs), seconds - compiled()),
             }
         )
     return np.stack(pictures), speed
@@ -116,13 +116,17 @@ def total_speed(speed: Sequence[dict[str, Any]]) -> dict[str, float]:
     pictures, seconds, compiling = (
         sum(group[name] for group in speed) for name in ("pictures", "seconds", "compile_s")
     )
-    drawing = max(seconds - compiling, 1e-9)
+    drawing = max(seconds - compiling, 0.0)
     return {
         "pictures": pictures,
         "drawing_s": round(drawing, 3),
         "compile_s": round(compiling, 3),
-        "pictures_per_s": round(pictures / drawing, 3),
+        "pictures_per_s": _per_second(pictures, drawing),
     }
+
+
+def _per_second(pictures: int, seconds: float) -> float:
+    return round(pictures / max(seconds, 1e-9), 3)
 
 
 @contextlib.contextmanager

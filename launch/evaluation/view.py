@@ -1,6 +1,7 @@
 """An evaluation as tables on the terminal, and as a result file."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from rich.table import Table
 from clvr_jax.statistics import Rate
 from launch.evaluation.miniature import Evaluation
 from launch.pictures import write_text
+
+EDIT_FIELDS = ("passed", "changed", "kept")  # columns of edits
+CEILING = {"renders": "renders", "recoded": "after the VAE"}  # rows of the VAE's ceiling
+DETECTORS = {"evaluation": "evaluation detector", "reward": "reward detector"}  # and its columns
 
 
 def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
@@ -27,7 +32,7 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
     console = console or Console(width=100)
     report = evaluation.prompts.report
     rows = [("all", report["overall"]), *report["kinds"].items(), *tiers(report)]
-    console.print(_table("prompts", ("passed",), [(name, (rate,)) for name, rate in rows]))
+    console.print(_table("prompts", ("passed",), [(name, [rate]) for name, rate in rows]))
     faults = ", ".join(
         f"{kind} {found['times']} in {found['pictures']}"
         for kind, found in report["faults"].items()
@@ -40,25 +45,13 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
         highlight=False,
     )
     if evaluation.edits:
-        edits = evaluation.edits.report
-        rows = [
-            *edits["kinds"].items(),
-            *(references(n, r) for n, r in edits["references"].items()),
-        ]
-        fields = ("passed", "changed", "kept")
-        cells = [(name, [rates[field] for field in fields]) for name, rates in rows]
-        console.print(_table("edits", fields, cells))
+        console.print(_table("edits", EDIT_FIELDS, edit_rows(evaluation.edits.report)))
     if evaluation.ceiling:
-        vae = evaluation.ceiling.report
-        rows = [(name, [vae[name]["evaluation"], vae[name]["reward"]]) for name in CEILING]
-        rows = [(CEILING[name], rates) for name, rates in rows]
-        console.print(_table("VAE", ("evaluation detector", "reward detector"), rows))
+        rows = ceiling_rows(evaluation.ceiling.report)
+        console.print(_table("VAE", tuple(DETECTORS.values()), rows))
     for name, drawn in (("prompts", evaluation.prompts), ("edits", evaluation.edits)):
         if drawn:
             console.print(f"{name}: {speed(drawn.report['speed'])}", highlight=False)
-
-
-CEILING = {"renders": "renders", "recoded": "after the VAE"}
 
 
 def tiers(report: dict[str, Any]) -> list[tuple[str, Rate]]:
@@ -66,9 +59,17 @@ def tiers(report: dict[str, Any]) -> list[tuple[str, Rate]]:
     return [(f"tier {name}", rate) for name, rate in report["tiers"].items()]
 
 
-def references(number: str, rates: dict[str, Rate]) -> tuple[str, dict[str, Rate]]:
-    """Return a row of a number of references."""
-    return (f"with {number} reference{'s' * (number != '1')}", rates)
+def edit_rows(report: dict[str, Any]) -> list[tuple[str, list[Rate]]]:
+    """Return name and rates (`EDIT_FIELDS`) of each kind of edit and number of references."""
+    named = dict(report["kinds"])
+    for number, rates in report["references"].items():
+        named[f"with {number} reference{'s' * (number != '1')}"] = rates
+    return [(name, [rates[field] for field in EDIT_FIELDS]) for name, rates in named.items()]
+
+
+def ceiling_rows(report: dict[str, Any]) -> list[tuple[str, list[Rate]]]:
+    """Return name and rates (of `DETECTORS`) of renders before and after the VAE."""
+    return [(words, [report[name][by] for by in DETECTORS]) for name, words in CEILING.items()]
 
 
 def speed(found: dict[str, Any]) -> str:
@@ -79,7 +80,8 @@ def speed(found: dict[str, Any]) -> str:
     )
 
 
-def _table(title: str, fields: tuple[str, ...], rows: Any) -> Table:
+def _table(title: str, fields: tuple[str, ...], rows: Sequence[tuple[str, list[Rate]]]) -> Table:
+    """Rows of rates, each with its interval, and of how many they are."""
     table = Table(title=title, title_justify="left")
     table.add_column("")
     for field in fields:

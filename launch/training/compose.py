@@ -18,6 +18,14 @@ from launch.training.run import Job
 from launch.training.select import selection
 from launch.training.stage import Data, Stage
 
+# what finds the weights of each stage, makes its networks and its loss, and plans its data
+_PARTS = {
+    "image": image,
+    "vlm": vlm,
+    "world_vae": world,
+    "world_klein": world,
+    "world_vlm": world_vlm,
+}
 _LEAST = {
     "log": 1,
     "chunk": 1,
@@ -54,36 +62,19 @@ def compose(config: Any) -> tuple[Job, Data, Data | None, Any]:
             "previews need the text encoder and the VAE, which data.features keeps off the "
             "devices; give --config.preview.every=0, or no features"
         )
-    if config.stage == "image":
-        weights = image.find(config)
-        nets = image.networks(config, weights)
-        stage = image.stage(config, nets, weights)
-        read = lambda path, **options: image.data(
-            path, config, nets, weights, rows, process, **options
-        )
-    elif config.stage in world.STAGES:
-        weights = world.find(config)
-        nets = world.networks(config, weights)
-        stage = world.stage(config, nets, weights)
-        read = lambda path, **options: world.data(
-            path, config, nets, weights, rows, process, **options
-        )
-    else:
-        weights = vlm.find(config)
-        nets = vlm.networks(config, weights)
-        stage = vlm.stage(config, nets, weights)
-        drawn = config.stage == "world_vlm"
-        read = lambda path, **options: (world_vlm.data if drawn else vlm.data)(
-            path, config, nets, weights, rows, process, **options
-        )
+    parts = _PARTS[config.stage]
+    weights = parts.find(config)
+    nets = parts.networks(config, weights)
+    stage = parts.stage(config, nets, weights)
+    read = lambda path, **options: parts.data(path, config, nets, weights, rows, process, **options)
     data = read(config.data.train, **length)
     held_out = None
     if config.data.validation:
         held_out = read(config.data.validation, epochs=1, validation=True)
     if config.data.get("features"):
         say = lambda text: print(text, file=sys.stderr, flush=True)
-        for part in filter(None, (data, held_out)):
-            image.precompute(config, nets, weights, part, mesh, process, say)
+        for each in filter(None, (data, held_out)):
+            image.precompute(config, nets, weights, each, mesh, process, say)
     preview = None
     writes = jax.process_index() == 0
     if config.stage == "image" and config.preview.every > 0:

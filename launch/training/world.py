@@ -1,5 +1,6 @@
 """The stages that make the miniature's networks from nothing, on data drawn as they are needed."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,35 +11,40 @@ import numpy as np
 from clvr_jax.data.plan import Epochs, Step
 from clvr_jax.generate import image as generation
 from clvr_jax.miniature import autoencoder
-from clvr_jax.miniature.batches import DrawingBatches, tiles
+from clvr_jax.miniature.batches import DrawingBatches, crowds
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.render import SIDE, keys, render
 from clvr_jax.models.flux2 import config as flux2
 from clvr_jax.models.flux2.layout import Layout
+from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.qwen3 import config as qwen3
+from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.sft.image import loss as sft
 from conversion.load import load
 from conversion.sources import Together, fingerprint
 from launch import build
 from launch.bench import flops
 from launch.training import image
+from launch.training.image import find
 from launch.training.stage import Data, Stage
 
-STAGES = ("world_vae", "world_klein")
-KLEIN = ("transformer", "text_encoder")  # trained together
+__all__ = ["data", "find", "networks", "stage"]
+
+_LAYERS = 8  # traced at once: loops over such small layers cost a fifth of the time
+_KLEIN = ("transformer", "text_encoder")  # trained together
 _TASKS = ("prompts", "edits", "brings")  # with no, one and two references
 _WHOLE = 0.1  # share of the VAE's steps that see whole pictures
 _VERSION = 1  # of what the samples are; another one is other data
 
 
-def find(config: Any) -> build.Weights:
-    """Look at the weights of a config, without reading tensors; see `image.find`."""
-    return image.find(config)
-
-
 def networks(config: Any, weights: build.Weights) -> generation.Networks:
     """Return the networks as they train; see `image.networks`."""
-    return image.networks(config, weights)
+    nets = image.networks(config, weights)
+    fields = {"implementation": nets.transformer.implementation, "scan": _LAYERS}
+    transformer = Transformer(nets.transformer.cfg, remat=config.remat, **fields)
+    return dataclasses.replace(
+        nets, transformer=transformer, text_encoder=Decoder(nets.text_encoder.cfg, **fields)
+    )
 
 
 def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Stage:
@@ -56,16 +62,16 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Sta
             **common,
         )
     roots = {"transformer": flux2.STACKED, "text_encoder": qwen3.STACKED}
-    name = "+".join(KLEIN)
+    name = "+".join(_KLEIN)
     settings = sft.Settings(image.times(config))
 
     def open_all() -> dict[str, Any]:
-        return {name: Together({part: parts[part].open() for part in KLEIN})}
+        return {name: Together({part: parts[part].open() for part in _KLEIN})}
 
     return Stage(
         component=name,
-        abstract={part: shapes[part] for part in KLEIN},
-        stacked=tuple(f"{part}/{root}" for part in KLEIN for root in roots[part]),
+        abstract={part: shapes[part] for part in _KLEIN},
+        stacked=tuple(f"{part}/{root}" for part in _KLEIN for root in roots[part]),
         others={},
         loss=functools.partial(klein_loss, networks=nets, settings=settings),
         open=open_all,
@@ -125,7 +131,7 @@ def data(
     """Plan what every step draws.
 
     Args:
-      split: of the world: train, dev or test.
+      split: of the world; pictures for the VAE have none, and are drawn for training alone.
       config: of the stage.
       nets, weights: from above.
       rows: of a micro-batch, over all devices.
@@ -135,22 +141,28 @@ def data(
       validation: no dropout, and micro-batches one at a time.
 
     Raises:
-      ValueError: the split is unknown, a task has a negative share, or there is no number of steps.
+      ValueError: the split is unknown, tasks or text lengths are not as `DrawingBatches` wants
+        them, or there is no number of steps.
     """
     known = [each.value for each in Split]
     if split not in known:
         raise ValueError(f"data is {split!r}; these stages draw it: choose from {', '.join(known)}")
-    if not steps and not validation:
-        raise ValueError("data never repeat, so that there are no epochs; give --config.steps")
+    if not validation:
+        require_steps(steps)
     accumulation, mark = 1 if validation else config.batch.accumulation, ""
     length: dict[str, int] = {"steps": steps} if steps else {"epochs": 1}
     if config.stage == "world_vae":
+        if split != "train" or validation:
+            raise ValueError(
+                f"data is {split!r}; the VAE's pictures are of no split: give "
+                "--config.data.train=train and no --config.data.validation"
+            )
         numbers = np.arange(accumulation * rows).reshape(accumulation, rows)
         # a round has one step: first corners of pictures, which cost a quarter, then whole ones
-        whole = round((1 - _WHOLE) * steps) if steps else 0
+        whole = round((1 - _WHOLE) * steps)
         side = lambda epoch: SIDE if epoch >= whole else SIDE // 2
         plan: Callable[[int], list[Step]] = lambda epoch: [Step(side(epoch), numbers)]
-        make: Callable[[Step], Any] = functools.partial(tiles, seed=config.seed, process=process)
+        make: Callable[[Step], Any] = functools.partial(crowds, seed=config.seed, process=process)
         each = lambda step: _vae_flops(nets, step.static)
     else:
         tokenizer = build.load_tokenizer(weights.found.shared["tokenizer"])
@@ -170,14 +182,49 @@ def data(
             process,
         )
         plan, each = make.plan, functools.partial(_klein_flops, nets)
-    return Data(
-        path=f"world:{split}",
-        records=0,
+    return endless(
+        split,
         fingerprint=f"world {_VERSION} {split} seed {config.seed} {mark}".strip(),
         steps=Epochs(plan, **length),
         make=make,
-        counts=lambda step: {"images": float(step.rows.size)},
-        flops=lambda step: float(each(step) * step.rows.size),
+        unit="images",
+        row_flops=each,
+    )
+
+
+def require_steps(steps: int | None) -> None:
+    """Refuse a run whose length is not given in steps."""
+    if not steps:
+        raise ValueError("data never repeat, so that there are no epochs; give --config.steps")
+
+
+def endless(
+    split: str,
+    *,
+    fingerprint: str,
+    steps: Epochs,
+    make: Callable[[Step], Any],
+    unit: str,
+    row_flops: Callable[[Step], float],
+) -> Data:
+    """Return data that are drawn as they are needed: a row is its number.
+
+    Args:
+      split: of the world.
+      fingerprint: the same just for the same data.
+      steps: what each step holds.
+      make: makes the batch of a step.
+      unit: what a row is, for reports of progress.
+      row_flops: of a row of a step.
+    """
+    return Data(
+        path=f"world:{split}",
+        records=0,
+        fingerprint=fingerprint,
+        steps=steps,
+        make=make,
+        counts=lambda step: {unit: float(step.rows.size)},
+        flops=lambda step: float(row_flops(step) * step.rows.size),
         describe=lambda step: f"first row: number {step.rows.flat[0]} of round {step.epoch}",
     )
 

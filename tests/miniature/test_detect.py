@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from clvr_jax.miniature import detect, detect_eval, render
+from clvr_jax.miniature import detect, detect_eval
 from clvr_jax.miniature.readings import SURE, Readings, agreement
 from clvr_jax.miniature.scene import CELLS, KINDS, MOST, Scene, from_codes
+from tests.miniature.perfect import renders
 
 DETECTORS = pytest.mark.parametrize("detector", (detect, detect_eval), ids=("one", "two"))
 
@@ -23,14 +24,7 @@ def _codes(rng, count, least=0, most=MOST):
 
 
 def _render(codes, seed=0):
-    """Pictures, rendered 200 at once: another size would compile again."""
-    count = -(-len(codes) // 200) * 200
-    padded = np.concatenate([codes, np.zeros((count - len(codes), CELLS), np.int32)])
-    parts = range(0, count, 200)
-    parts = [
-        render.render(padded[i : i + 200], render.keys(seed + i + np.arange(200))) for i in parts
-    ]
-    return np.concatenate(parts)[: len(codes)]
+    return renders(codes, seed + np.arange(len(codes)))
 
 
 def _bytes(values):
@@ -51,15 +45,15 @@ def _exact(readings, codes):
 
 @pytest.fixture(scope="module")
 def pictures():
-    codes = _codes(np.random.default_rng(7), 200)
+    codes = _codes(np.random.default_rng(7), 131)
     return codes, _render(codes, 700)
 
 
 @pytest.fixture(scope="module")
 def altered():
     """Codes with at least one thing, pictures, the same without the first thing, and which cell."""
-    codes = _codes(np.random.default_rng(8), 64, least=1)
-    rows, cells = np.arange(64), (codes > 0).argmax(1)
+    codes = _codes(np.random.default_rng(8), 32, least=1)
+    rows, cells = np.arange(32), (codes > 0).argmax(1)
     without = codes.copy()
     without[rows, cells] = 0
     return codes, _render(codes).astype(float), _render(without).astype(float), cells
@@ -148,9 +142,14 @@ def test_what_is_no_picture_of_this_world(detector):
     assert len(detector.detect(paper[:0])) == 0
 
 
+def test_pictures_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="pictures are 64x64"):
+        detect.detect(np.zeros((2, 32, 64, 3), np.uint8))
+
+
 def test_batches_of_any_size_are_read_alike(pictures):
     _, pixels = pictures
-    one, all_ = detect.detect(pixels[:1]), detect.detect(pixels[:131])
+    one, all_ = detect.detect(pixels[:1]), detect.detect(pixels)
     np.testing.assert_array_equal(one.codes[0], all_.codes[0])
     np.testing.assert_array_equal(detect.detect(pixels[128:131]).codes, all_.codes[128:])
 

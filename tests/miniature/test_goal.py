@@ -7,8 +7,9 @@ import pytest
 
 from clvr_jax.miniature import edits, prompts, scenes
 from clvr_jax.miniature.assignment import POINTS
-from clvr_jax.miniature.goal import CELL_NAMES, PLACES, Fault, Goal, Group, Relation, related
+from clvr_jax.miniature.goal import Fault, Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.places import CELL_NAMES, PLACES, related
 from clvr_jax.miniature.scene import CELLS, Scene, Thing
 
 RED_CIRCLE = Thing(0, "circle", "red", "small")
@@ -86,23 +87,23 @@ def test_holds_and_faults_agree_with_all_permutations():
     rng = np.random.default_rng(0)
     kinds = ("two", "counting", "position", "attribution", "mix3", "mix4")
     held = missed = 0
-    for i in range(180):
+    for i in range(90):
         prompt, scene = prompts.sample(rng, kinds[i % len(kinds)])
-        if prompt.goal.count > 5:
+        if prompt.goal.count > 4:
             continue  # of a counting prompt: too many orders
         if i % 2:
             scene = edits.sample(rng, scene)[2]
         truth = brute_force(prompt.goal, scene)
         assert prompt.goal.holds(scene) == truth == (not prompt.goal.faults(scene))
         held, missed = held + truth, missed + (not truth)
-    assert held > 60 and missed > 40
+    assert held > 30 and missed > 20
 
 
 def test_assignment_is_the_best_of_all():
     rng = np.random.default_rng(1)
-    for i in range(60):
-        goal = prompts.sample(rng, ("position", "mix3", "mix4")[i % 3])[0].goal
-        scene = scenes.sample(rng, Split.TRAIN, 1 + i % 4)
+    for i in range(36):
+        goal = prompts.sample(rng, ("position", "mix3", "mix3", "mix4")[i % 4])[0].goal
+        scene = scenes.sample(rng, Split.TRAIN, 1 + i % (3 if goal.count > 3 else 4))
         assigned = goal.assign(scene)
         assert sorted([t for t in assigned.things if t] + list(assigned.extra)) == list(
             scene.things
@@ -142,7 +143,7 @@ def test_canonical_form_is_one_for_all_orders():
 
 def test_canonical_goals_hold_in_the_same_scenes():
     rng = np.random.default_rng(2)
-    for _ in range(40):
+    for _ in range(20):
         prompt, scene = prompts.sample(rng, "mix5")
         assert prompt.goal.canonical().holds(scene)
 

@@ -30,7 +30,7 @@ def inverse(count: int) -> set[str]:
 
 
 def test_reading_is_the_inverse_of_writing():
-    inverse(350)  # prompts, as many edits, some pairs
+    inverse(80)  # prompts, as many edits, some pairs
 
 
 @pytest.mark.slow

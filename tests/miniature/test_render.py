@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 
 from clvr_jax.miniature import render
+from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.scene import COLOURS, SHAPES, Scene, Thing, from_codes, thing
+from tests.miniature.perfect import renders
 
 CELL = render.CELL
 
 
 def drawn(*scenes: Scene, seed: int = 0) -> np.ndarray:
-    codes = np.stack([scene.codes() for scene in scenes])
-    return np.asarray(render.render(codes, render.keys(np.full(len(scenes), seed, np.uint32))))
+    return renders(np.stack([scene.codes() for scene in scenes]), [seed] * len(scenes))
 
 
 def cells(picture: np.ndarray) -> np.ndarray:
@@ -43,39 +44,45 @@ def test_an_edit_changes_its_cell_only():
 
 
 def test_nothing_is_cut_off_at_the_border_of_its_cell():
-    for corners in (render._TRIANGLE, render._STAR):
+    for corners in (render.TRIANGLE, render.STAR):
         assert np.abs(corners).max() * max(render.RADII) + render.JITTER <= CELL / 2
 
 
 def test_things_stay_in_their_cells_and_have_their_colours():
-    empty, *_ = drawn(Scene(), seed=3)
-    for shape in SHAPES:
-        for colour, paint in zip(COLOURS, render.PALETTE, strict=True):
-            (picture,) = drawn(Scene((Thing(5, shape, colour, "large"),)), seed=3)
-            changed = np.abs(cells(picture).astype(int) - cells(empty)).max(axis=(1, 2, 3)) > 0
-            assert np.flatnonzero(changed).tolist() == [5]
-            cell = cells(picture)[5]
-            near = np.abs(cell / 255 - np.array(paint)).max(axis=-1) < 0.09
-            assert near.sum() >= 30, f"a {colour} {shape} has too little {colour}"
+    things = [Thing(5, shape, colour, "large") for shape in SHAPES for colour in COLOURS]
+    empty, *pictures = drawn(Scene(), *(Scene((each,)) for each in things), seed=3)
+    for each, picture in zip(things, pictures, strict=True):
+        changed = np.abs(cells(picture).astype(int) - cells(empty)).max(axis=(1, 2, 3)) > 0
+        assert np.flatnonzero(changed).tolist() == [5]
+        paint = np.array(render.PALETTE[COLOURS.index(each.colour)])
+        near = np.abs(cells(picture)[5] / 255 - paint).max(axis=-1) < 0.09
+        assert near.sum() >= 30, f"{each} has too little of its colour"
 
 
 def test_a_picture_does_not_depend_on_its_batch():
     scenes = [Scene((thing(i, 10 * i + 3),)) for i in range(4)]
     together = drawn(*scenes, seed=1)
-    for i, scene in enumerate(scenes):
-        np.testing.assert_array_equal(drawn(scene, seed=1)[0], together[i])
+    keys = render.keys(np.full(2, 1))
+    apart = render.render(np.stack([scene.codes() for scene in scenes[2:]]), keys)
+    np.testing.assert_array_equal(apart, together[2:])
+
+
+def test_any_number_of_pictures_is_rendered_in_groups_of_one_size():
+    scene = Scene((thing(3, 7),))
+    given = [Picture(scene.codes(), seed) for seed in range(130)]
+    pixels = rendered(given, 128)
+    assert pixels.shape == (130, render.SIDE, render.SIDE, 3)
+    np.testing.assert_array_equal(rendered(given[129:], 128)[0], pixels[129])
+    assert rendered([], 128).shape == (0, render.SIDE, render.SIDE, 3)
 
 
 def test_large_is_larger_and_jitter_moves():
-    small, large = (
-        drawn(Scene((Thing(6, "circle", "black", size),)), seed=2)[0] for size in ("small", "large")
-    )
+    scenes = [Scene((Thing(6, "circle", "black", size),)) for size in ("small", "large")]
+    small, large = drawn(*scenes, seed=2)
     dark = lambda picture: (picture.mean(axis=-1) < 100).sum()
     assert 1.8 * dark(small) < dark(large)
     places = set()
-    for seed in range(8):
-        ys, xs = np.nonzero(
-            drawn(Scene((Thing(6, "circle", "black", "small"),)), seed=seed)[0].mean(-1) < 100
-        )
+    for picture in renders(np.stack([scenes[0].codes()] * 8), range(8)):
+        ys, xs = np.nonzero(picture.mean(-1) < 100)
         places.add((round(ys.mean(), 1), round(xs.mean(), 1)))
     assert len(places) == 8

@@ -9,16 +9,15 @@ from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.places import PLACES
 from clvr_jax.miniature.prompts import Prompt, sample
-from clvr_jax.miniature.readings import read
+from clvr_jax.miniature.readings import certain, read
 from clvr_jax.miniature.references import Description
-from clvr_jax.miniature.render import keys, render
 from clvr_jax.miniature.scene import CELLS, Scene, Thing, thing
+from tests.miniature.perfect import renders
 
 
 def perfect(*drawn):
     """Readings of a detector that never errs."""
-    codes = np.stack([scene.codes() for scene in drawn])
-    return read(codes, np.ones(codes.shape), np.ones(len(codes), bool))
+    return certain(np.stack([scene.codes() for scene in drawn]))
 
 
 def corner(name):
@@ -37,8 +36,7 @@ def test_renders_of_true_scenes_pass_and_empty_paper_does_not():
     rng = np.random.default_rng(0)
     drawn = [sample(rng, None, Split.TEST) for _ in range(60)]
     codes = np.stack([scene.codes() for _, scene in drawn])
-    pictures = np.asarray(render(codes, keys(np.arange(60))))
-    pictures = np.concatenate([pictures, np.full((1, 64, 64, 3), 236, np.uint8)])
+    pictures = np.concatenate([renders(codes, range(60)), np.full((1, 64, 64, 3), 236, np.uint8)])
     readings = detect_eval.detect(pictures)
     verdicts = [scores.judge(prompt.goal, readings, i) for i, (prompt, _) in enumerate(drawn)]
     report = scores.prompt_report([prompt for prompt, _ in drawn], verdicts)
@@ -103,9 +101,9 @@ def spoilt(rng, scene):
 @pytest.mark.parametrize("kind", scores.EDITS)
 def test_an_edit_passes_just_if_it_is_satisfied(kind):
     rng = np.random.default_rng(1)
-    for case in scores.cases(Split.TEST, kind, 12):
-        results = [case.after, case.before, *(spoilt(rng, case.after) for _ in range(12))]
-        results += [spoilt(rng, case.before) for _ in range(6)]
+    for case in scores.edit_cases(Split.TEST, kind, 6):
+        results = [case.after, case.before, *(spoilt(rng, case.after) for _ in range(8))]
+        results += [spoilt(rng, case.before) for _ in range(4)]
         readings = perfect(*results)
         for i, after in enumerate(results):
             verdict = scores.judge_edit(case, readings, i)
@@ -130,23 +128,23 @@ def test_what_changed_and_what_was_kept_are_told_apart():
 
 
 def test_cases_are_the_same_whatever_their_number_and_of_their_split():
-    few, more = (scores.cases(Split.TEST, "move", n) for n in (2, 4))
+    few, more = (scores.edit_cases(Split.TEST, "move", n) for n in (2, 4))
     assert [(c.text, c.before, c.after) for c in more[:2]] == [
         (c.text, c.before, c.after) for c in few
     ]
     assert all(np.array_equal(a.shown[0].codes, b.shown[0].codes) for a, b in zip(few, more))
-    brought = scores.cases(Split.TEST, "bring", 1)[0]
+    brought = scores.edit_cases(Split.TEST, "bring", 1)[0]
     assert len(brought.shown) == 2 and brought.source is not None
-    held = scores.cases(Split.HELD_OUT, "add", 3)
+    held = scores.edit_cases(Split.HELD_OUT, "add", 3)
     assert not any(set(case.after.things) <= set(case.before.things) for case in held)
-    with pytest.raises(ValueError, match="no edits of kind paint"):
-        scores.cases(Split.TEST, "paint", 1)
+    with pytest.raises(ValueError, match="no fixed edits of kind paint"):
+        scores.edit_cases(Split.TEST, "paint", 1)
     with pytest.raises(ValueError, match="in train"):
-        scores.cases(Split.TRAIN, "move", 1)
+        scores.edit_cases(Split.TRAIN, "move", 1)
 
 
 def test_edit_report_counts_by_kind_and_references():
-    drawn = [scores.cases(Split.TEST, kind, 1)[0] for kind in ("add", "bring")]
+    drawn = [scores.edit_cases(Split.TEST, kind, 1)[0] for kind in ("add", "bring")]
     readings = perfect(drawn[0].after, drawn[1].before)
     verdicts = [scores.judge_edit(case, readings, i) for i, case in enumerate(drawn)]
     report = scores.edit_report(drawn, verdicts)

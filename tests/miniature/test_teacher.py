@@ -88,7 +88,7 @@ def check_exact(count: int, stepwise: float, seed: int) -> None:
 
 def test_every_goal_is_reached_by_single_changes():
     check_exact(12, 0.0, seed=1)
-    check_exact(24, 1.0, seed=2)
+    check_exact(12, 1.0, seed=2)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def check_fallible(count: int, mistakes: float) -> float:
 
 
 def test_mistakes_are_corrected():
-    assert check_fallible(36, 0.3) > 0.9
+    assert check_fallible(16, 0.3) > 0.9
 
 
 @pytest.mark.slow
@@ -117,7 +117,7 @@ def test_mistakes_are_corrected_in_many_cases():
 
 def test_prompts_with_held_out_combinations_are_reached_too():
     rng = np.random.default_rng(4)
-    for number in range(12):
+    for number in range(8):
         prompt, _ = prompts.sample(rng, None, Split.HELD_OUT)
         _, scenes = run(prompt.text, Painter(rng), Policy(stepwise=1.0), number)
         assert prompt.goal.holds(scenes[-1])
@@ -251,7 +251,7 @@ def test_it_works_with_a_detector_on_rendered_pictures():
 
 def test_the_language_is_small_and_the_turns_are_short():
     words, lengths = set(), []
-    for number, prompt in enumerate(some_prompts(24, seed=5)):
+    for number, prompt in enumerate(some_prompts(12, seed=5)):
         painter = Painter(np.random.default_rng(number), 0.5)
         trajectory, _ = run(prompt.text, painter, seed=number)
         narratives = [*(step.reasoning for step in trajectory.steps), trajectory.closing]

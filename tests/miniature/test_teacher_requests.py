@@ -8,10 +8,11 @@ from clvr_jax.backends.protocol import InvalidRequest, Options, assistant, syste
 from clvr_jax.backends.requests import Proxy, Request
 from clvr_jax.data.turns import parse
 from clvr_jax.miniature import edits, prompts, scenes
-from clvr_jax.miniature.goal import PLACES, Goal
+from clvr_jax.miniature.goal import Goal
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_prompt
+from clvr_jax.miniature.places import PLACES
 from clvr_jax.miniature.scene import Scene, Thing
 from clvr_jax.miniature.teacher import Policy, Teacher
 from clvr_jax.miniature.teacher.looks import difference, inventory, read_inventory
@@ -55,7 +56,7 @@ def test_a_request_is_known_by_its_text_alone(name):
 
 def test_a_checklist_is_satisfied_by_right_pictures_and_finds_wrong_ones():
     missed = wrong = 0
-    for prompt, right, other in cases(36, 0):
+    for prompt, right, other in cases(18, 0):
         questions = ask(requests.CHECKLIST, goal=prompt.text)
         verdicts = [
             requests.checks(
@@ -69,7 +70,7 @@ def test_a_checklist_is_satisfied_by_right_pictures_and_finds_wrong_ones():
             missed += all(verdicts[1])
         else:
             assert all(verdicts[1]), (prompt, questions)
-    assert wrong > 20 and missed <= 1
+    assert wrong > 9 and missed <= 1
 
 
 def test_a_checklist_of_an_edit_is_about_the_pictures_before_and_after():
@@ -86,14 +87,14 @@ def test_a_checklist_of_an_edit_is_about_the_pictures_before_and_after():
 
 
 def test_a_critique_names_the_faults_by_their_kinds():
-    for prompt, right, other in cases(24, 2):
+    for prompt, right, other in cases(12, 2):
         assert requests.faults(ask(requests.CRITIQUE, right, goal=prompt.text)) == []
         named = requests.faults(ask(requests.CRITIQUE, other, goal=prompt.text))
         assert set(named) == {fault.kind for fault in parse_prompt(prompt.text).faults(other)}
 
 
 def test_the_better_picture_is_chosen_wherever_it_stands():
-    for prompt, right, other in cases(24, 3):
+    for prompt, right, other in cases(12, 3):
         orders = (right, other), (other, right)
         chosen = [requests.choice(ask(requests.CHOOSE, *o, goal=prompt.text)) for o in orders]
         assert chosen == (["tie", "tie"] if prompt.goal.holds(other) else ["A", "B"])
@@ -116,7 +117,7 @@ def trajectory(goal: str, seed: int):
 
 
 def test_a_story_is_told_from_actions_and_pictures():
-    for number, (prompt, _, _) in enumerate(cases(12, 4)):
+    for number, (prompt, _, _) in enumerate(cases(6, 4)):
         turns, _, drawn = trajectory(prompt.text, number)
         actions = [turn.action for turn in turns if turn.action][: len(drawn)]
         steps = "\n".join(action.line() for action in actions)
@@ -130,7 +131,7 @@ def test_a_story_is_told_from_actions_and_pictures():
 
 def test_a_proxy_prompt_says_what_the_next_picture_should_be():
     kinds = set()
-    for number, (prompt, _, _) in enumerate(cases(12, 5)):
+    for number, (prompt, _, _) in enumerate(cases(6, 5)):
         turns, said, drawn = trajectory(prompt.text, number)
         exact = Painter(np.random.default_rng(number))
         for step, turn in enumerate(turns[: len(drawn)]):
@@ -168,7 +169,7 @@ def test_pictures_are_told():
 def test_differences_are_told_one_by_one():
     rng = np.random.default_rng(8)
     said = {"remove": "gone|any more", "add": "new|added", "move": "now"}
-    for index in range(36):
+    for index in range(18):
         before = scenes.sample(rng, Split.TRAIN, 1 + index % 7)
         kind = edits.KINDS[index % 6]
         _, _, after = edits.sample(rng, before, kind)
@@ -198,6 +199,11 @@ def test_answers_of_models_are_read_with_tolerance():
     ):
         with pytest.raises(ValueError, match=reply.replace("{", r"\{")):
             read(reply)
+
+
+def test_a_request_without_its_fields_is_refused():
+    with pytest.raises(ValueError, match="needs goal"):
+        requests.CRITIQUE.message()
 
 
 def test_samples_differ_by_seed():

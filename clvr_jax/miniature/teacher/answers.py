@@ -11,15 +11,17 @@ from clvr_jax.backends.protocol import Message
 from clvr_jax.backends.requests import CONTROL, Proxy
 from clvr_jax.data import turns
 from clvr_jax.miniature import prompts
-from clvr_jax.miniature.goal import CELL_NAMES, Goal, Group
+from clvr_jax.miniature.chance import Rng
+from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
+from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.readings import Readings
-from clvr_jax.miniature.teacher import checks, control, looks, phrases
+from clvr_jax.miniature.teacher import checks, control, language, looks
 from clvr_jax.miniature.teacher.control import Story
-from clvr_jax.miniature.teacher.phrases import Rng, vary
 from clvr_jax.miniature.teacher.plan import layout, plan
 from clvr_jax.miniature.teacher.policy import Policy
 from clvr_jax.miniature.teacher.sight import Sight, see
+from clvr_jax.miniature.words import vary
 
 Sights = Sequence[Sight]
 
@@ -104,18 +106,18 @@ def _verify(sights: Sights, rng: Rng, seed: str, questions: str) -> str:
 
 
 def _critique(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
-    said = phrases.wrong(rng, parse_prompt(goal), _last(sights))
-    return "\n".join(f"{kind}: {words}" for kind, words in said) or phrases.NO_FAULT
+    said = language.wrong(rng, parse_prompt(goal), _last(sights))
+    return "\n".join(f"{kind}: {words}" for kind, words in said) or language.NO_FAULT
 
 
 def _choose(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
     wanted = parse_prompt(goal)
     first, second = (sight.badness(wanted) for sight in _last(sights, 2))
     if first == second:
-        return f"tie: {vary(rng, phrases.BOTH_WRONG if first else phrases.BOTH_RIGHT)}"
+        return f"tie: {vary(rng, language.BOTH_WRONG if first else language.BOTH_RIGHT)}"
     worse = second > first
-    fault = phrases.wrong(rng, wanted, sights[worse])[0][1]
-    return f"{'BA'[worse]}: {phrases.WHICH[worse]} {fault}"
+    fault = language.wrong(rng, wanted, sights[worse])[0][1]
+    return f"{'BA'[worse]}: {language.WHICH[worse]} {fault}"
 
 
 def _narrate(sights: Sights, rng: Rng, seed: str, goal: str, steps: str) -> str:

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from clvr_jax.miniature import held_out, scenes
+from clvr_jax.miniature.chance import Rng, shuffle
 from clvr_jax.miniature.edits import Edit
-from clvr_jax.miniature.goal import CELL_NAMES, OPPOSITE, PLACES, Goal, Group, related
+from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.references import Description, by_kind, shuffle
+from clvr_jax.miniature.places import CELL_NAMES, OPPOSITE, PLACES, related
+from clvr_jax.miniature.references import Description, by_kind
 from clvr_jax.miniature.scene import SIZES, Scene, Thing
 from clvr_jax.miniature.teacher.sight import Sight
 
@@ -27,9 +27,7 @@ def mark(scene: Scene, thing: Thing) -> Description:
     return Description(thing.shape, thing.colour, place=CELL_NAMES[thing.cell])
 
 
-def changes(
-    goal: Goal, sight: Sight, plan: tuple[Group, ...], rng: np.random.Generator
-) -> list[Edit]:
+def changes(goal: Goal, sight: Sight, plan: tuple[Group, ...], rng: Rng) -> list[Edit]:
     """Return the edits that bring a picture nearer to the goal, the best first.
 
     Args:
@@ -44,7 +42,7 @@ def changes(
 class _Bench:
     """One picture under work."""
 
-    def __init__(self, goal: Goal, sight: Sight, plan: tuple[Group, ...], rng: np.random.Generator):
+    def __init__(self, goal: Goal, sight: Sight, plan: tuple[Group, ...], rng: Rng):
         self.goal, self.sight, self.plan, self.rng = goal, sight, plan, rng
         self.scene, self.badness = sight.scene, sight.badness(goal)
         self.slots, self.things, self.extra = goal.assign(sight.scene)

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Sequence
 
-from clvr_jax.miniature.goal import PLACES, Goal, Group
+from clvr_jax.miniature.chance import Rng, pick
+from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
-from clvr_jax.miniature.scenes import pick
+from clvr_jax.miniature.places import PLACES
 from clvr_jax.miniature.sentences import names
-from clvr_jax.miniature.teacher import phrases
-from clvr_jax.miniature.teacher.phrases import Rng
+from clvr_jax.miniature.teacher import language
 from clvr_jax.miniature.teacher.sight import Sight
-from clvr_jax.miniature.words import RELATION_WORDS, noun_phrase, vary
+from clvr_jax.miniature.words import noun_phrase, relation_phrase
 
 _ONLY = "is this the only change: {edit}"
 _ALL = "in all"
@@ -18,11 +18,11 @@ _ALL = "in all"
 
 def questions(goal: Goal, rng: Rng) -> list[str]:
     """Return questions for each group (so many at least), each relation, and the number of all."""
-    asked = [_there(kind.count, phrases.some(rng, kind)) for kind in _wanted(goal)]
+    asked = [_there(kind.count, language.some(rng, kind)) for kind in _wanted(goal)]
     for first, word, second in goal.relations:
         ends = [noun_phrase(rng, 1, *pick(rng, names(goal.groups, i))) for i in (first, second)]
-        asked.append(_there(1, f"{ends[0]} {vary(rng, RELATION_WORDS[word])} {ends[1]}"))
-    return [*asked, _there(goal.count, f"{phrases.several(goal.count)} {_ALL}")]
+        asked.append(_there(1, f"{ends[0]} {relation_phrase(rng, word)} {ends[1]}"))
+    return [*asked, _there(goal.count, f"{language.several(goal.count)} {_ALL}")]
 
 
 def question(edit: str) -> str:
@@ -44,23 +44,32 @@ def reply(question: str, sights: Sequence[Sight], rng: Rng) -> str:
       rng: decides wordings.
 
     Raises:
-      ValueError: it is no such question.
+      ValueError: it is no such question, or too few pictures are shown.
     """
+    edit = re.fullmatch(_ONLY.format(edit="(.+)"), question)
+    if len(sights) < (2 if edit else 1):
+        raise ValueError(
+            f"{question!r} is about {'the pictures before and after' if edit else 'a picture'}, "
+            f"{len(sights)} are shown"
+        )
     *earlier, sight = sights
-    if edit := re.fullmatch(_ONLY.format(edit="(.+)"), question):
+    if edit:
         *sources, before = (other.scene for other in earlier)
         clean = sight.tidy and not sight.unclear
         right = clean and parse_edit(edit[1]).satisfied(before, sight.scene, *sources)
         return "yes" if right else "no"
     asked = re.fullmatch(r"(?:is|are) there (.+)\?", question)
     if not asked:
-        raise ValueError(f"{question!r} is no question of a checklist")
+        raise ValueError(
+            f'{question!r} is no question of a checklist; they ask "is there ...?", "are there '
+            f'...?", or "{_ONLY.format(edit="...")}"'
+        )
     there = len(sight.scene.things)
     if count := re.fullmatch(rf"(\w+) things? {_ALL}", asked[1]):
-        right = sight.tidy and phrases.number(there) == count[1]
-        return "yes" if right else f"no, {phrases.several(there)}"
+        right = sight.tidy and language.number(there) == count[1]
+        return "yes" if right else f"no, {language.several(there)}"
     goal = parse_prompt(asked[1])
-    faults = [(kind, words) for kind, words in phrases.wrong(rng, goal, Sight(sight.clear))]
+    faults = language.wrong(rng, goal, Sight(sight.clear))
     wrong = [words for kind, words in faults if kind != "extra"]
     return f"no, {wrong[0]}" if wrong else "yes"
 

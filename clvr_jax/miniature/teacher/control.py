@@ -5,13 +5,14 @@ from typing import NamedTuple
 
 from clvr_jax.data.turns import MARKER, Action, Turn, marker
 from clvr_jax.miniature import edits, prompts
+from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.edits import Edit
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.references import Description
-from clvr_jax.miniature.teacher import phrases
+from clvr_jax.miniature.teacher import language
 from clvr_jax.miniature.teacher.changes import changes, mark
-from clvr_jax.miniature.teacher.phrases import Rng, sentence
+from clvr_jax.miniature.teacher.language import sentence
 from clvr_jax.miniature.teacher.policy import Policy
 from clvr_jax.miniature.teacher.sight import Sight
 from clvr_jax.miniature.words import enumerate_words, vary
@@ -121,29 +122,29 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
     last, base = len(story.sights), action.references[-1] if action.references else None
     parts = [*_judge(story, rng), _see(story, rng)]
     if base is None:
-        return sentence(*parts, *_wrong(story, last, rng), vary(rng, phrases.ANEW))
+        return sentence(*parts, *_wrong(story, last, rng), vary(rng, language.ANEW))
     if base < last:
-        parts.append(vary(rng, phrases.BACK).format(image=marker(base)))
+        parts.append(vary(rng, language.BACK).format(image=marker(base)))
     order = action.prompt.rstrip(".")
     order = (order[0].lower() + order[1:]).removeprefix("please ")
-    act = vary(rng, phrases.ACT).format(edit=order) + vary(rng, phrases.KEEP)
+    act = vary(rng, language.ACT).format(edit=order) + vary(rng, language.KEEP)
     return sentence(*parts, *_wrong(story, base, rng), act)
 
 
 def closing(story: Story, rng: Rng) -> str:
     """Return the last narrative."""
-    faults = [vary(rng, phrases.DONE)] if story.done else _wrong(story, len(story.sights), rng)
-    return sentence(*_judge(story, rng), _see(story, rng), *faults, vary(rng, phrases.STOP))
+    faults = [vary(rng, language.DONE)] if story.done else _wrong(story, len(story.sights), rng)
+    return sentence(*_judge(story, rng), _see(story, rng), *faults, vary(rng, language.STOP))
 
 
 def _opening(story: Story, action: Action, rng: Rng) -> str:
-    count = vary(rng, phrases.COUNT).format(things=phrases.several(story.goal.count))
+    count = vary(rng, language.COUNT).format(things=language.several(story.goal.count))
     drawn = parse_prompt(action.prompt).count
     if drawn == story.goal.count:
-        return sentence(count, vary(rng, phrases.WHOLE))
-    places = enumerate_words([phrases.some(rng, group) for group in story.plan])
-    plan = vary(rng, phrases.PLAN).format(things=places)
-    return sentence(count, plan, vary(rng, phrases.BEGIN).format(some=phrases.several(drawn)))
+        return sentence(count, vary(rng, language.WHOLE))
+    places = enumerate_words([language.some(rng, group) for group in story.plan])
+    plan = vary(rng, language.PLAN).format(things=places)
+    return sentence(count, plan, vary(rng, language.BEGIN).format(some=language.several(drawn)))
 
 
 def _judge(story: Story, rng: Rng) -> list[str]:
@@ -151,12 +152,14 @@ def _judge(story: Story, rng: Rng) -> list[str]:
     if len(story.sights) < 2:
         return []
     before, after = min(story.badness[:-1]), story.badness[-1]
-    forms = phrases.WORKED if after < before else phrases.SAME if after == before else phrases.WORSE
+    forms = (
+        language.WORKED if after < before else language.SAME if after == before else language.WORSE
+    )
     return [vary(rng, forms)]
 
 
 def _see(story: Story, rng: Rng) -> str:
-    return f"{vary(rng, phrases.SEE)} {phrases.inventory(rng, story.sights[-1].scene)}"
+    return f"{vary(rng, language.SEE)} {language.inventory(rng, story.sights[-1].scene)}"
 
 
 def _wrong(story: Story, number: int, rng: Rng) -> list[str]:
@@ -165,9 +168,9 @@ def _wrong(story: Story, number: int, rng: Rng) -> list[str]:
     faults = sight.faults(goal)
     bad = {fault.thing for fault in faults}
     right = sum(thing not in bad for thing in goal.assign(sight.scene).things if thing)
-    count = vary(rng, phrases.SOME_RIGHT).format(
-        right=phrases.number(right), all=phrases.number(goal.count)
+    count = vary(rng, language.SOME_RIGHT).format(
+        right=language.number(right), all=language.number(goal.count)
     )
-    said = [clause for _, clause in phrases.wrong(rng, goal, sight)]
-    more = f", {vary(rng, phrases.MORE)}" if len(said) > _SAID else ""
+    said = [clause for _, clause in language.wrong(rng, goal, sight)]
+    more = f", {vary(rng, language.MORE)}" if len(said) > _SAID else ""
     return [count, enumerate_words(said[:_SAID]) + more]

@@ -1,11 +1,11 @@
 """What pictures show, in words: inventories, captions, differences; also for pretraining."""
 
-from clvr_jax.miniature.goal import CELL_NAMES
-from clvr_jax.miniature.references import shuffle
+from clvr_jax.miniature.chance import Rng, shuffle
+from clvr_jax.miniature.goal import ATTRIBUTES
+from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.scene import Scene, Thing
-from clvr_jax.miniature.teacher import phrases
-from clvr_jax.miniature.teacher.phrases import Rng
-from clvr_jax.miniature.words import enumerate_words, vary
+from clvr_jax.miniature.teacher import language
+from clvr_jax.miniature.words import enumerate_words, kind_name, vary
 
 EMPTY = "nothing"
 _CELLS = {name: cell for cell, name in CELL_NAMES.items()}
@@ -13,7 +13,7 @@ _CELLS = {name: cell for cell, name in CELL_NAMES.items()}
 
 def inventory(scene: Scene) -> str:
     """Return the things in the order of their cells, one a line, always in the same words."""
-    lines = (f"{CELL_NAMES[t.cell]}: {t.size} {t.colour} {t.shape}" for t in scene.things)
+    lines = (f"{CELL_NAMES[thing.cell]}: {kind_name(*thing[1:])}" for thing in scene.things)
     return "\n".join(lines) or EMPTY
 
 
@@ -35,13 +35,13 @@ def read_inventory(text: str) -> Scene:
 
 def caption(scene: Scene, rng: Rng) -> str:
     """Return a sentence about all things, with some of their sizes and places."""
-    items = [phrases.a(rng, thing, sized=rng.random() < 0.5) for thing in scene.things]
+    items = [language.a(rng, thing, sized=rng.random() < 0.5) for thing in scene.things]
     placed = [
-        f"{item} {phrases.spot(rng, thing.cell)}" if rng.random() < 0.5 else item
+        f"{item} {language.spot(rng, thing.cell)}" if rng.random() < 0.5 else item
         for item, thing in zip(items, scene.things, strict=True)
     ]
     shown = enumerate_words(shuffle(rng, placed)) if placed else EMPTY
-    return phrases.sentence(f"{vary(rng, phrases.SHOWS)} {shown}")
+    return language.sentence(f"{vary(rng, language.SHOWS)} {shown}")
 
 
 def difference(before: Scene, after: Scene, rng: Rng) -> list[str]:
@@ -56,19 +56,17 @@ def difference(before: Scene, after: Scene, rng: Rng) -> list[str]:
             come.remove(new)
             said.append(_changed(old, new, before, rng))
     said += [
-        vary(rng, phrases.GONE).format(thing=phrases.the(rng, thing, before)) for thing in gone
+        vary(rng, language.GONE).format(thing=language.the(rng, thing, before)) for thing in gone
     ]
-    said += [vary(rng, phrases.NEW).format(thing=phrases.placed(rng, thing)) for thing in come]
-    return said or [phrases.SAME_PICTURE]
+    said += [vary(rng, language.NEW).format(thing=language.placed(rng, thing)) for thing in come]
+    return said or [language.SAME_PICTURE]
 
 
 def _changed(old: Thing, new: Thing, before: Scene, rng: Rng) -> str:
-    thing = phrases.the(rng, old, before)
+    thing = language.the(rng, old, before)
     if old.cell != new.cell:
-        return vary(rng, phrases.MOVED).format(thing=thing, place=phrases.spot(rng, new.cell))
-    differs = [
-        name for name in ("shape", "colour", "size") if getattr(old, name) != getattr(new, name)
-    ]
+        return vary(rng, language.MOVED).format(thing=thing, place=language.spot(rng, new.cell))
+    differs = [name for name in ATTRIBUTES if getattr(old, name) != getattr(new, name)]
     single = differs[0] if len(differs) == 1 else "shape"
-    other = phrases.a(rng, new) if single == "shape" else getattr(new, single)
-    return vary(rng, phrases.BECAME).format(thing=thing, other=other)
+    other = language.a(rng, new) if single == "shape" else getattr(new, single)
+    return vary(rng, language.BECAME).format(thing=thing, other=other)

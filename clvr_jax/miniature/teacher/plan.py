@@ -1,17 +1,16 @@
 """Layouts: where everything that a goal asks for is going to stand."""
 
-import numpy as np
-
 from clvr_jax.miniature import scenes
-from clvr_jax.miniature.goal import CELL_NAMES, Goal, Group
+from clvr_jax.miniature.chance import Rng, shuffle
+from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.references import shuffle
+from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.scene import Scene
 
 _TRIES = 50  # drawing is by chance; of goals with many relations it often finds nothing
 
 
-def layout(goal: Goal, rng: np.random.Generator) -> Scene:
+def layout(goal: Goal, rng: Rng) -> Scene:
     """Return a scene that satisfies the goal, without held-out combinations where it can be.
 
     Raises:
@@ -24,7 +23,7 @@ def layout(goal: Goal, rng: np.random.Generator) -> Scene:
     raise ValueError(f"no picture can show all of this at once: {goal}")
 
 
-def plan(goal: Goal, rng: np.random.Generator) -> tuple[Group, ...]:
+def plan(goal: Goal, rng: Rng) -> tuple[Group, ...]:
     """Return a layout as single things with their cells, in the order of drawing.
 
     Shape, colour and place are fixed, a size is only where the goal says one.

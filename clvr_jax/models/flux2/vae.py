@@ -43,7 +43,7 @@ class Vae(nn.Module):
         mean, _ = self.posterior(images)
         return self.bn.normalise(patches(mean))
 
-    def posterior(self, images: Images) -> tuple[Picture, Picture]:
+    def posterior(self, images: Images) -> tuple[Resampled, Resampled]:
         """Return mean and log variance of the latent picture, neither patchified nor normalised.
 
         Args, Raises: as `encode`.

@@ -2,25 +2,23 @@
 
 from collections import Counter
 
-import numpy as np
-
-from clvr_jax.miniature.goal import ATTRIBUTES, CELL_NAMES, Fault, Goal, Group
+from clvr_jax.miniature.chance import Rng, pick
+from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group
+from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.references import say
 from clvr_jax.miniature.scene import Scene, Thing
-from clvr_jax.miniature.scenes import pick
 from clvr_jax.miniature.teacher.changes import mark
 from clvr_jax.miniature.teacher.sight import Sight
 from clvr_jax.miniature.words import (
     NUMBERS,
-    RELATION_WORDS,
+    article,
     enumerate_words,
     kind_words,
     noun_phrase,
     place_phrase,
+    relation_phrase,
     vary,
 )
-
-Rng = np.random.Generator
 
 SEE = ("I see", "the picture shows", "now I see", "in the picture I see")
 NOTHING = ("nothing", "nothing at all")
@@ -72,11 +70,6 @@ def sentence(*clauses: str) -> str:
 def a(rng: Rng, thing: Thing, sized: bool = True) -> str:
     """Return "a small red star"."""
     return article(kind_words(rng, thing.shape, thing.colour, thing.size if sized else None))
-
-
-def article(words: str) -> str:
-    """Return "a star", "an orange star"; `noun_phrase` may count it."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def spot(rng: Rng, cell: int) -> str:
@@ -146,8 +139,7 @@ def _wrong(rng: Rng, goal: Goal, scene: Scene, faults: list[Fault]) -> str:
     form, wanted = vary(rng, WRONG[kind]), ""
     if kind == "relation":
         served = dict(zip(*goal.assign(scene)[:2], strict=True))
-        word = vary(rng, RELATION_WORDS[relation.word])
-        wanted = f"{word} {the(rng, served[relation.second], scene)}"
+        wanted = f"{relation_phrase(rng, relation.word)} {the(rng, served[relation.second], scene)}"
     elif kind == "place":
         wanted = place_phrase(rng, group.place)
     elif kind == "looks":
