@@ -40,6 +40,11 @@ def show(config: Any, target: str, out: str | None = None) -> None:
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a plan downloads nothing
     compose.check(config)
+    if config.stage not in ("image", "vlm"):
+        raise ValueError(
+            f"--dry_run plans the stages image and vlm, not {config.stage}: the miniature's fit on "
+            "any machine; run them without it"
+        )
     machine = targets.parse(target)
     devices = _topology(machine)
     sizes = targets.mesh_sizes(config.mesh.to_dict(), machine.devices)

@@ -63,7 +63,7 @@ class Vae(nn.Module):
         z = self.bn.restore(latents)
         return self.pixels(einops.rearrange(z, "b y x (c r s) -> b (y r) (x s) c", r=2, s=2))
 
-    def pixels(self, z: Picture) -> Images:
+    def pixels(self, z: Resampled) -> Images:
         """Return pixels of a latent picture as `posterior` gives it."""
         return self.decoder(self.post_quant_conv(z))
 
