@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _miniature_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--weights", required=True, help="pipeline or run folder, or hub id")
+    add("--weights", default="miniature", help="pipeline or run folder, or hub id")
     add("--split", default="test", choices=("test", "dev", "held_out"), help="of the world")
     add("--count", type=int, default=0, help="prompts of each kind; 0: all")
     add("--edits", type=int, default=200, help="edits of each kind; 0: none")
