@@ -63,7 +63,7 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Sta
         )
     roots = {"transformer": flux2.STACKED, "text_encoder": qwen3.STACKED}
     name = "+".join(_KLEIN)
-    settings = sft.Settings(image.times(config))
+    settings = sft.Settings(image.times(config), text_gradient=True)
 
     def open_all() -> dict[str, Any]:
         return {name: Together({part: parts[part].open() for part in _KLEIN})}

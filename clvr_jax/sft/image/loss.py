@@ -26,10 +26,12 @@ class Settings:
     Attributes:
       times: noise levels and their weights.
       bins: equal intervals of t whose losses are reported each.
+      text_gradient: whether the text features in the batch are trained as well.
     """
 
     times: TimeSampling = dataclasses.field(default_factory=TimeSampling)
     bins: int = 4
+    text_gradient: bool = False
 
 
 def loss(
@@ -62,7 +64,7 @@ def loss(
     errors and of the weights of the rows that fell into it; and `error`, without the weights of
     `TimeSampling`, where there are any.
     """
-    text, x0, references = conditions(frozen, batch, networks)
+    text, x0, references = conditions(frozen, batch, networks, settings.text_gradient)
     dtype = jax.tree.leaves(params)[0].dtype
     t, eps = draw(key, x0.shape[0], static, networks, settings)
 
@@ -95,12 +97,15 @@ def draw(
 
 
 def conditions(
-    frozen: Mapping[str, Params], batch: Mapping[str, Any], networks: Networks
+    frozen: Mapping[str, Params],
+    batch: Mapping[str, Any],
+    networks: Networks,
+    text_gradient: bool = False,
 ) -> tuple[Float[Array, "b s features"], Latents, list[Float[Array, "b _ c"]]]:
     """Return text features, and the latents of the target and of each reference in float32.
 
-    They are read from the batch where it holds them, and computed without gradients where it holds
-    ids and pixels.
+    They are read from the batch where it holds them, and computed where it holds ids and pixels.
+    With `text_gradient` there is a gradient of the text features, else of nothing here.
     """
     if "text" in batch:
         text, grids = batch["text"], [batch["latents"], *batch["reference_latents"]]
@@ -108,7 +113,9 @@ def conditions(
         text = encode_text(networks, frozen["text_encoder"], batch["ids"], batch["lengths"])
         pixels = [batch["pixels"], *batch["reference_pixels"]]
         grids = encode_pictures(networks, frozen["vae"], pixels)
-        text, grids = jax.lax.stop_gradient((text, grids))
+    grids = jax.lax.stop_gradient(grids)
+    if not text_gradient:
+        text = jax.lax.stop_gradient(text)
     x0, *references = [
         constrain(einops.rearrange(z, "b y x c -> b (y x) c"), "batch", None, None) for z in grids
     ]
