@@ -65,7 +65,7 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model):
     assert np.abs(batch[0, 0].astype(int) - batch[1, 0]).mean() > 0.1
 
 
-@pytest.mark.parametrize("pattern", ["full", "kv"])
+@pytest.mark.parametrize("pattern", [pytest.param("full", marks=pytest.mark.slow), "kv"])
 def test_each_picture_of_a_batch_has_its_own_references(model, pattern):
     settings = dataclasses.replace(SMALL, pattern=pattern, guidance=2.0)
     rows = [[reference(64, 80, i), reference(64, 64, 9 - i)] for i in range(3)]

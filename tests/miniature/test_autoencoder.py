@@ -14,6 +14,7 @@ from clvr_jax.miniature.render import keys, render
 from clvr_jax.models.flux2.config import VAE_VARIANTS
 from clvr_jax.models.flux2.vae import Vae, patches
 
+pytestmark = pytest.mark.slow  # compiling convolutions takes a minute
 CFG = dataclasses.replace(VAE_VARIANTS["miniature"], widths=(4, 4, 8, 8), latent_channels=4)
 
 
@@ -43,7 +44,6 @@ def test_the_posterior_is_what_the_encoder_gives_before_its_statistics(given):
     )
 
 
-@pytest.mark.slow
 def test_the_loss_falls_and_rows_without_weight_do_not_count(given):
     vae, params, batch = given
     loss = jax.jit(lambda p, batch, key: autoencoder.loss(p, {}, {}, batch, key, 32, vae=vae)[:2])

@@ -54,7 +54,7 @@ def files(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
-def test_training_from_features_has_the_same_bits(file, folder):
+def test_training_from_features_has_the_same_losses(file, folder):
     _, params = model()
     on_the_fly = batches(open_source(file))
     from_disk = dataclasses.replace(on_the_fly, features=store(folder[0]))
@@ -66,9 +66,9 @@ def test_training_from_features_has_the_same_bits(file, folder):
             program()(params["transformer"], {}, frozen, first(made(step)), KEY, static=step.static)
             for frozen, made in ((params, on_the_fly), ({}, from_disk))
         )
-        assert all(
-            np.array_equal(a, b) for a, b in zip(jax.tree.leaves(live), jax.tree.leaves(stored))
-        )
+        # encoders inside and outside of the step's program may round differently
+        for a, b in zip(jax.tree.leaves(live), jax.tree.leaves(stored), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
 
 
 def test_the_size_is_said_first_and_is_the_size_written(file, folder):
