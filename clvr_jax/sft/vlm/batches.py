@@ -69,13 +69,6 @@ class Filling:
         # tokens, images and examples that a row holds
         self._used = np.zeros((*lead, 3), np.int64)
 
-    def fits(self, at: tuple[int, ...], example: Example) -> bool:
-        """Whether there is room in a row."""
-        tokens, images, patches = example.size
-        used, room = self._used[at], self._shape
-        inside = used[0] + tokens <= room.tokens and used[1] + images <= room.images
-        return bool(inside and patches <= room.patches)
-
     def add(self, at: tuple[int, ...], example: Example) -> None:
         """Put an example into a row.
 
@@ -83,16 +76,17 @@ class Filling:
           ValueError: there is no room.
         """
         start, image, before = self._used[at].tolist()
-        if not self.fits(at, example):
-            tokens, images, patches = example.size
+        (tokens, images, patches), room = example.size, self._shape
+        inside = start + tokens <= room.tokens and image + images <= room.images
+        if not inside or patches > room.patches:
             raise ValueError(
                 f"its {tokens} tokens and {images} images of up to {patches} patches do not fit "
-                f"behind {start} tokens and {image} images into {self._shape}; it changed since "
+                f"behind {start} tokens and {image} images into {room}; it changed since "
                 "the run was planned"
             )
         row = {name: leaf[at] for name, leaf in self.arrays.items()}
         _lay(row, example, start, image, before + 1, self._cfg)
-        self._used[at] += (len(example.ids), len(example.pictures), 1)
+        self._used[at] += (tokens, images, 1)
 
 
 def empty(lead: Sequence[int], shape: Shape, cfg: VisionConfig) -> Arrays:
