@@ -95,8 +95,7 @@ def networks(weights: Weights, attention: str = "auto", layers: str = "scan") ->
     if layers not in ("scan", "unrolled"):
         raise ValueError(f"layers is {layers!r}; choose scan or unrolled")
     configs = {name: c.config for name, c in weights.found.components.items()}
-    text = configs["text_encoder"]
-    text = dataclasses.replace(text, layers=text.features[-1])
+    text = configs["text_encoder"].as_text_encoder()
     fields = {"implementation": implementation, "scan": layers == "scan"}
     return Networks(
         flux2_transformer.Transformer(configs["transformer"], **fields),

@@ -19,7 +19,6 @@ from clvr_jax.models.flux2 import config as flux2
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3 import config as qwen3
-from clvr_jax.models.qwen3.config import KLEIN_LAYERS
 from clvr_jax.models.qwen3.decoder import Decoder
 from launch import build as root
 from launch.bench import flops, machine, programs
@@ -85,7 +84,7 @@ def networks(model: str, scan: bool = True) -> Networks:
     transformer, vae, text = MODELS[model]
     transformer = flux2.TRANSFORMER_VARIANTS.get(transformer, transformer)
     vae = flux2.VAE_VARIANTS.get(vae, vae)
-    text = dataclasses.replace(qwen3.VARIANTS.get(text, text), layers=KLEIN_LAYERS[-1])
+    text = qwen3.VARIANTS.get(text, text).as_text_encoder()
     return Networks(Transformer(transformer, scan=scan), Decoder(text, scan=scan), Vae(vae))
 
 

@@ -1,6 +1,5 @@
 """The same models in JAX: weights written by the reference, read by our own conversion."""
 
-import dataclasses
 import functools
 import json
 import tempfile
@@ -47,7 +46,7 @@ def carry(model, *, whole: bool = False) -> tuple[Any, Params]:
         elif name == "vlm" or whole:
             abstract = component.abstract()
         else:
-            config = dataclasses.replace(config, layers=config.features[-1])
+            config = config.as_text_encoder()
             abstract = language.abstract_params(config, head=False)
         return config, load(component.open(), abstract, component.stacked)
 

@@ -25,7 +25,6 @@ from clvr_jax.models.flux2.config import STACKED
 from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Transformer
 from clvr_jax.models.flux2.vae import Vae
-from clvr_jax.models.qwen3.config import KLEIN_LAYERS
 from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.sft.image import pictures
 from clvr_jax.sft.image.batches import Batches
@@ -49,7 +48,7 @@ def source(tmp_path_factory):
 def model():
     """Networks and float32 parameters."""
     weights = random_weights(0)
-    text = dataclasses.replace(weights["text_encoder"][0], layers=KLEIN_LAYERS[-1])
+    text = weights["text_encoder"][0].as_text_encoder()
     nets = Networks(Transformer(weights["transformer"][0]), Decoder(text), Vae(weights["vae"][0]))
     params = {name: jax.tree.map(jnp.asarray, tree) for name, (_, tree) in weights.items()}
     layers = params["text_encoder"]["layers"]

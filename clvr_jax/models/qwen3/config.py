@@ -50,6 +50,10 @@ class Qwen3Config:
         """Width of a text encoder's features."""
         return len(self.features) * self.width
 
+    def as_text_encoder(self) -> "Qwen3Config":
+        """Return the sizes without the layers after the last one that is read."""
+        return dataclasses.replace(self, layers=self.features[-1])
+
 
 # a field that transformers does not know and keeps; diffusers' pipeline takes it as an argument
 FEATURES = "text_encoder_out_layers"
