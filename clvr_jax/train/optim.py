@@ -1,24 +1,29 @@
 """The optimiser as a chain of optax transformations, built from settings.
 
-In order: clip by the global norm, AdamW or SGD, decoupled weight decay (Loshchilov and Hutter 2019,
-arXiv 1711.05101), schedule, factors of parameter groups.
+In order: clip by the global norm, AdamW, Muon or SGD, decoupled weight decay (Loshchilov and Hutter
+2019, arXiv 1711.05101), schedule, factors of parameter groups.
 """
 
 import dataclasses
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+import optax.contrib
 
 from clvr_jax import tree
 from clvr_jax.train import rounding
 from clvr_jax.typing import Params
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "sgd")
+OPTIMIZERS = ("adamw", "muon", "sgd")
 MOMENTS = ("float32", "bfloat16")
+_ADAM_RMS = 0.2  # of an entry of Adam's update in units of the learning rate, as a rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,12 +31,14 @@ class Optim:
     """How parameters are updated.
 
     Attributes:
-      name: adamw or sgd.
+      name: adamw, muon or sgd. Muon (Jordan 2024) makes the update of every kernel orthogonal, at
+        the size that Adam's has (Liu et al. 2025, arXiv 2502.16982), so that rates carry over;
+        what is no kernel gets AdamW's.
       learning_rate: highest value of the schedule.
       schedule: constant, cosine or linear, behind the warm-up.
       warmup: steps, or a share of all steps below 1; the first step has 1/warmup of the rate.
       end: where cosine and linear end, as a share of the rate.
-      momentum: AdamW's b1 and b2; SGD takes the first as momentum.
+      momentum: AdamW's b1 and b2; SGD and Muon take the first as momentum.
       eps: AdamW's epsilon.
       weight_decay: factor of the decay.
       decay: pattern of the parameters that decay; norms and biases do not.
@@ -119,6 +126,8 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
     b1, b2 = optim.momentum
     if optim.name == "adamw":
         inner = optax.scale_by_adam(b1, b2, optim.eps)
+    elif optim.name == "muon":
+        inner = _muon(optim, params)
     else:
         inner = optax.trace(b1) if b1 else optax.identity()
     if optim.moments == "bfloat16":
@@ -132,6 +141,50 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
     if optim.groups:
         chain.append(_factors(optim.groups))
     return optax.chain(*chain)
+
+
+def _muon(optim: Optim, params: Params) -> optax.GradientTransformation:
+    """Orthogonal updates of kernels, Adam's of all else."""
+    axes = {path: _matrix(path, leaf.ndim) for path, leaf in tree.flatten(params).items()}
+    b1, b2 = optim.momentum
+    kernels = optax.chain(
+        optax.trace(b1, nesterov=True),
+        optax.stateless(lambda updates, params: _orthogonal(updates, axes, optim.eps)),
+    )
+    labels = tree.unflatten({path: "muon" if each else "adamw" for path, each in axes.items()})
+    adamw = optax.scale_by_adam(b1, b2, optim.eps)
+    return optax.partition({"muon": kernels, "adamw": adamw}, labels)
+
+
+def _matrix(path: str, axes: int) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a kernel are rows and columns; None for what is none.
+
+    Layers are stacked in front of a matrix; a convolution's window belongs to its input.
+    """
+    if not path.endswith("kernel") or axes < 2:
+        return None
+    return optax.contrib.MuonDimensionNumbers((0, 1, 2) if axes == 4 else axes - 2, axes - 1)
+
+
+def _orthogonal(updates: Params, axes: Mapping[str, Any], eps: float) -> Params:
+    """Matrices with all singular values near 1, times what gives entries Adam's size."""
+    flat = tree.flatten(updates)
+    matrices = {path: flat[path] for path, each in axes.items() if each}
+    # without momentum of its own it is the Newton-Schulz iteration alone
+    muon = optax.contrib.scale_by_muon(
+        beta=0.0,
+        eps=eps,
+        nesterov=False,
+        weight_dimension_numbers={path: axes[path] for path in matrices},
+    )
+    matrices, _ = muon.update(matrices, muon.init(matrices))
+
+    def scaled(path: str, value: jax.Array) -> jax.Array:
+        inputs = (value.shape[axis] for axis in np.atleast_1d(axes[path].reduction_axis))
+        return value * (_ADAM_RMS * math.sqrt(max(math.prod(inputs), value.shape[-1])))
+
+    done = {path: scaled(path, value) for path, value in matrices.items()}
+    return tree.unflatten({**flat, **done})  # what else is there are optax's blanks
 
 
 def factor_of(groups: tuple[tuple[str, float], ...], path: str) -> float:

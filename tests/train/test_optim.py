@@ -56,6 +56,58 @@ def test_adamw_equals_its_definition():
         np.testing.assert_allclose(ours["x"][name], value, rtol=2e-5)
 
 
+MUON = optim.Optim("muon", 0.01, momentum=(0.9, 0.95), weight_decay=0.1, clip_norm=0.0)
+
+
+def steps_of(chosen, params, grads):
+    """Updates of some steps at the same parameters."""
+    tx = optim.make(chosen, params, len(grads))
+    state, out = tx.init(params), []
+    for each in grads:
+        updates, state = jax.jit(tx.update)(each, state, params)
+        out.append(updates)
+    return out
+
+
+def drawn(seed, **shapes):
+    draw = np.random.default_rng(seed)
+    return {"x": {name: jnp.float32(draw.normal(size=shape)) for name, shape in shapes.items()}}
+
+
+def test_muon_makes_kernels_orthogonal_and_leaves_the_rest_to_adamw():
+    """Jordan's update at the size of Liu et al. (equation 4), by singular values."""
+    shapes = dict(kernel=(12, 8), scale=(8,))
+    params, grads = drawn(0, **shapes), [drawn(seed, **shapes) for seed in (1, 2, 3)]
+    updates = steps_of(MUON, params, grads)
+    adamw = steps_of(optim.dataclasses.replace(MUON, name="adamw"), params, grads)
+    momentum, values = np.zeros((12, 8)), [np.asarray(each["x"]["kernel"]) for each in grads]
+    for ours, theirs, grad in zip(updates, adamw, values):
+        np.testing.assert_allclose(ours["x"]["scale"], theirs["x"]["scale"], rtol=1e-6)
+        momentum = 0.9 * momentum + grad
+        u, _, v = np.linalg.svd(0.9 * momentum + grad, full_matrices=False)
+        direction = -np.asarray(ours["x"]["kernel"]) / 0.01 - 0.1 * np.asarray(
+            params["x"]["kernel"]
+        )
+        # five iterations leave singular values between 0.7 and 1.2 (Jordan), in the same basis
+        inner = u.T @ (direction / (0.2 * np.sqrt(12))) @ v.T
+        assert np.diag(inner).min() > 0.65 and np.diag(inner).max() < 1.25
+        assert np.abs(inner - np.diag(np.diag(inner))).max() < 1e-3
+
+
+def test_muon_takes_stacked_layers_one_by_one_and_windows_as_inputs():
+    params, grads = drawn(0, kernel=(3, 6, 4)), drawn(1, kernel=(3, 6, 4))
+    stacked = steps_of(MUON, params, [grads])[0]["x"]["kernel"]
+    for layer in range(3):
+        take = lambda tree, layer=layer: jax.tree.map(lambda leaf: leaf[layer], tree)
+        alone = steps_of(MUON, take(params), [take(grads)])[0]["x"]["kernel"]
+        np.testing.assert_allclose(stacked[layer], alone, atol=1e-6)
+    params, grads = drawn(0, kernel=(3, 3, 2, 4)), drawn(1, kernel=(3, 3, 2, 4))
+    window = steps_of(MUON, params, [grads])[0]["x"]["kernel"]
+    flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(18, 4), tree)
+    alone = steps_of(MUON, flat(params), [flat(grads)])[0]["x"]["kernel"]
+    np.testing.assert_allclose(window.reshape(18, 4), alone, atol=1e-6)
+
+
 def test_groups_have_their_own_rate():
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(2)}}
     chosen = optim.Optim("sgd", 0.1, momentum=(0.0, 0.0), clip_norm=0.0, groups=(("^a/", 0.5),))
@@ -68,7 +120,7 @@ def test_groups_have_their_own_rate():
 @pytest.mark.parametrize(
     "options,message",
     [
-        (dict(name="adam"), "optim.name is 'adam'; choose from adamw, sgd"),
+        (dict(name="adam"), "optim.name is 'adam'; choose from adamw, muon, sgd"),
         (dict(schedule="step"), "choose from constant, cosine, linear"),
         (dict(learning_rate=-1.0), "learning_rate is -1.0"),
         (dict(groups=(("x", 0.0),)), "factors are positive"),
