@@ -1,6 +1,6 @@
 """Evaluate weights on a benchmark: pass rates with intervals, and a page of pictures.
 
-python -m launch.evaluate miniature --weights=FOLDER --split=test
+python -m launch.evaluate miniature --weights=FOLDER --split=test [--vlm=FOLDER]
 
 Writes results.json (every number, every verdict) and index.html (a contact sheet to open in a
 browser) into a folder.
@@ -43,6 +43,8 @@ def _miniature_options(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=0, help="prompts of each kind; 0: all")
     add("--edits", type=int, default=200, help="edits of each kind; 0: none")
     add("--renders", type=int, default=500, help="scenes through the VAE; 0: none")
+    add("--vlm", default="", help="Qwen3-VL folder: how well it reads pictures is measured too")
+    add("--readings", type=int, default=300, help="renders it reads, and as many drawn pictures")
     add("--steps", type=int, default=28, help="of the sampler")
     add("--guidance", type=float, default=4.0, help="1: none, as distilled weights want it")
     add("--seed", type=int, default=0, help="added to the number of each prompt")
@@ -65,7 +67,7 @@ def _miniature(options: argparse.Namespace) -> int:
 
     use_compile_cache()
     from clvr_jax.miniature.held_out import Split
-    from launch import build
+    from launch import build, build_vlm
     from launch.bench import machine
     from launch.evaluation import miniature, page, pipeline, view
 
@@ -76,7 +78,9 @@ def _miniature(options: argparse.Namespace) -> int:
         options.renders,
         options.seed,
         options.batch,
+        options.readings,
     )
+    reader = build_vlm.find(options.vlm) if options.vlm else None
     weights = build.inspect_weights(options.weights)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if weights.distilled and options.guidance != 1.0:
@@ -84,7 +88,12 @@ def _miniature(options: argparse.Namespace) -> int:
     environment = machine.environment("launch.evaluate")
     model = build.load_image_model(weights, dtype=build.resolve_dtype(options.dtype))
     parts = pipeline.parts_of(weights, model, options.steps, options.guidance)
-    evaluation = miniature.evaluate(parts, plan)
+    vlm = reader and build_vlm.load_vlm(reader, dtype=build.resolve_dtype(options.dtype))
+    try:
+        evaluation = miniature.evaluate(parts, plan, vlm)
+    finally:
+        if vlm:
+            vlm.close()
     about = {
         "benchmark": "miniature",
         "settings": {k: v for k, v in vars(options).items() if k not in ("out", "overwrite")},

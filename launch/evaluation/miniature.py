@@ -1,11 +1,12 @@
 """The miniature's own benchmark: prompts, edits and the VAE, on splits of the world of shapes."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from clvr_jax.backends.protocol import Vlm
 from clvr_jax.miniature import detect, detect_eval, samples, scenes, scores
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.pictures import picture_of, rendered, stacked
@@ -13,9 +14,9 @@ from clvr_jax.miniature.prompts import KINDS, Prompt
 from clvr_jax.miniature.readings import Readings, agreement
 from clvr_jax.miniature.splits import prompts
 from clvr_jax.statistics import rate
+from launch.evaluation import reading
 from launch.evaluation.sampling import Draw, Job, draw_all, groups, total_speed
 
-BUCKETS = (32, 48, 96)  # text lengths of weights that have none recorded
 _RENDERS = 20_260_200  # seed of the scenes that show the VAE's ceiling
 _CHUNK = 128  # pictures rendered or encoded at once
 
@@ -31,6 +32,7 @@ class Plan:
       renders: scenes through the VAE; 0 for none.
       seed: added to the seeds of all pictures.
       batch: pictures of a call at most.
+      readings: renders that a vision-language model reads, and as many drawn pictures.
     """
 
     split: Split
@@ -39,10 +41,14 @@ class Plan:
     renders: int = 500
     seed: int = 0
     batch: int = 50
+    readings: int = 300
 
     def __post_init__(self):
-        if min(self.count, self.edits, self.renders, self.seed) < 0 or self.batch < 1:
-            raise ValueError(f"{self}: numbers must not be negative, and batch at least 1")
+        if (
+            min(self.count, self.edits, self.renders, self.seed) < 0
+            or min(self.batch, self.readings) < 1
+        ):
+            raise ValueError(f"{self}: numbers must not be negative, batch and readings at least 1")
 
 
 class Parts(NamedTuple):
@@ -60,7 +66,7 @@ class Parts(NamedTuple):
     tokens: Callable[[list[str]], list[int]]
     bucket: Callable[[int], int]
     recode: Callable[[np.ndarray], np.ndarray]
-    buckets: tuple[int, ...] = BUCKETS
+    buckets: tuple[int, ...]
 
 
 class Drawn(NamedTuple):
@@ -100,18 +106,36 @@ class Ceiling(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """All parts; edits and ceiling are None if not asked for."""
+    """All parts; edits, ceiling and reading are None if not asked for."""
 
     prompts: Drawn
     edits: Drawn | None
     ceiling: Ceiling | None
+    reading: dict[str, Any] | None
 
 
-def evaluate(parts: Parts, plan: Plan) -> Evaluation:
-    """Evaluate all that is planned."""
+def evaluate(parts: Parts, plan: Plan, vlm: Vlm | None = None) -> Evaluation:
+    """Evaluate all that is planned, and a model that reads pictures where one is given."""
     ceiling = vae_ceiling(parts, plan) if plan.renders else None
     drawn = draw_prompts(parts, plan)
-    return Evaluation(drawn, draw_edits(parts, plan) if plan.edits else None, ceiling)
+    edited = draw_edits(parts, plan) if plan.edits else None
+    return Evaluation(drawn, edited, ceiling, vlm and read_pictures(vlm, plan, drawn))
+
+
+def read_pictures(vlm: Vlm, plan: Plan, drawn: Drawn) -> dict[str, Any]:
+    """Return how a model reads renders, and pictures that were drawn; of all kinds alike."""
+    asked = _spread(prompts(plan.split), plan.readings)
+    seen = reading.of_drawn(drawn.pictures, drawn.readings, drawn.asked, drawn.verdicts)
+    return {
+        "renders": reading.measure(vlm, reading.of_renders(asked), "reading renders"),
+        "drawn": reading.measure(vlm, _spread(seen, plan.readings), "reading drawn pictures"),
+    }
+
+
+def _spread(listed: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of a list, from all of its parts."""
+    stride = max(len(listed) / most, 1)
+    return [listed[int(i * stride)] for i in range(min(most, len(listed)))]
 
 
 def draw_prompts(parts: Parts, plan: Plan) -> Drawn:

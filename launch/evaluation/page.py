@@ -10,7 +10,19 @@ from clvr_jax.report.evaluation import Card, Gallery, Section, Table, Tile, eval
 from clvr_jax.report.page import percent, png_uri
 from clvr_jax.statistics import Rate
 from launch.evaluation.miniature import Ceiling, Drawn, Evaluation
-from launch.evaluation.view import DETECTORS, EDIT_FIELDS, ceiling_rows, edit_rows, speed, tiers
+from launch.evaluation.view import (
+    DETECTION,
+    DETECTORS,
+    EDIT_FIELDS,
+    READ,
+    THINGS,
+    ceiling_rows,
+    detection_rows,
+    edit_rows,
+    inventory_rates,
+    speed,
+    tiers,
+)
 from launch.pictures import write_text
 
 _CARDS = 6  # cards of one kind that passed, and as many that failed
@@ -25,6 +37,8 @@ def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
         sections.append(_edits(evaluation.edits))
     if evaluation.ceiling:
         sections.append(_ceiling(evaluation.ceiling))
+    if evaluation.reading:
+        sections.append(_reading(evaluation.reading))
     html = evaluation_page(
         f"Miniature, {settings['split'].replace('_', '-')} split",
         f"{weights['path']}: {settings['steps']} steps, guidance {settings['guidance']:g}, seed "
@@ -143,6 +157,25 @@ def _ceiling(ceiling: Ceiling) -> Section:
         "picture can be expected to be better than."
     )
     return Section("VAE ceiling", text, [table], [gallery])
+
+
+def _reading(reading: dict[str, Any]) -> Section:
+    tables = []
+    for name, found in reading.items():
+        unread = found["unreadable"]
+        words = (
+            f"{found['pictures']} pictures; not to be understood: {unread['inventory']} "
+            f"inventories, {unread['critique']} critiques."
+        )
+        columns = ("pictures", "inventory", *THINGS)
+        tables.append(Table("Inventories", columns, [(READ[name], *inventory_rates(found))], words))
+        rows = [(fault, *rates) for fault, rates in detection_rows(found)]
+        tables.append(Table(f"Faults in {READ[name]}", ("fault", *DETECTION), rows))
+    text = (
+        "What the vision-language model says of pictures, against what a render shows, or against "
+        "what the evaluation detector reads in a drawn picture; inventories of clear ones alone."
+    )
+    return Section("Reading", text, tables, [])
 
 
 def _galleries(

@@ -14,6 +14,9 @@ from launch.pictures import write_text
 
 EDIT_FIELDS = ("passed", "changed", "kept")  # columns of edits
 CEILING = {"renders": "renders", "recoded": "after the VAE"}  # rows of the VAE's ceiling
+READ = {"renders": "renders", "drawn": "drawn pictures"}  # what a language model reads
+THINGS = ("things: precision", "recall")  # columns behind its inventories
+DETECTION = ("precision", "recall", "accuracy")  # columns of what it finds wrong
 DETECTORS = {"evaluation": "evaluation detector", "reward": "reward detector"}  # and its columns
 
 
@@ -23,6 +26,7 @@ def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
         "prompts": evaluation.prompts.report,
         "edits": evaluation.edits and evaluation.edits.report,
         "vae": evaluation.ceiling and evaluation.ceiling.report,
+        "reading": evaluation.reading,
     }
     write_text(file, json.dumps({**about, **_plain(parts)}, indent=1) + "\n")
 
@@ -49,6 +53,11 @@ def show(evaluation: Evaluation, console: Console | None = None) -> None:
     if evaluation.ceiling:
         rows = ceiling_rows(evaluation.ceiling.report)
         console.print(_table("VAE", tuple(DETECTORS.values()), rows))
+    if evaluation.reading:
+        for name, found in evaluation.reading.items():
+            title = f"reading {READ[name]}"
+            console.print(_table(title, ("inventory", *THINGS), [("", inventory_rates(found))]))
+            console.print(_table("faults", DETECTION, detection_rows(found)))
     for name, drawn in (("prompts", evaluation.prompts), ("edits", evaluation.edits)):
         if drawn:
             console.print(f"{name}: {speed(drawn.report['speed'])}", highlight=False)
@@ -70,6 +79,17 @@ def edit_rows(report: dict[str, Any]) -> list[tuple[str, list[Rate]]]:
 def ceiling_rows(report: dict[str, Any]) -> list[tuple[str, list[Rate]]]:
     """Return name and rates (of `DETECTORS`) of renders before and after the VAE."""
     return [(words, [report[name][by] for by in DETECTORS]) for name, words in CEILING.items()]
+
+
+def inventory_rates(found: dict[str, Any]) -> list[Rate]:
+    """Return what is said of the things that a model lists: inventories, then `THINGS`."""
+    return [found["inventory"], *(found["things"][name] for name in ("precision", "recall"))]
+
+
+def detection_rows(found: dict[str, Any]) -> list[tuple[str, list[Rate]]]:
+    """Return name and rates (`DETECTION`) of "something is wrong" and of each kind of fault."""
+    named = {"anything wrong": found["wrong"], **found["faults"]}
+    return [(name, [rates[field] for field in DETECTION]) for name, rates in named.items()]
 
 
 def speed(found: dict[str, Any]) -> str:

@@ -41,12 +41,16 @@ def paint(texts, references, seeds, text_tokens, spoil=lambda text, scene: scene
     return renders(np.stack(drawn), seeds)
 
 
+BUCKETS = (32, 48, 96)
+
+
 def parts(draw):
-    return miniature.Parts(draw, lambda texts: [len(text) // 2 for text in texts], bucket, np.array)
+    tokens = lambda texts: [len(text) // 2 for text in texts]
+    return miniature.Parts(draw, tokens, bucket, np.array, BUCKETS)
 
 
 def bucket(tokens):
-    return next(length for length in miniature.BUCKETS if tokens <= length)
+    return next(length for length in BUCKETS if tokens <= length)
 
 
 ABOUT = {
