@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from clvr_jax import parallel
+from clvr_jax.data.conditioning import Policy
 from clvr_jax.generate.image import ImageModel, Networks
 from clvr_jax.kernels.attention import IMPLEMENTATIONS
 from clvr_jax.models.flux2 import config as flux2
@@ -32,6 +33,7 @@ from conversion.load import load
 from conversion.sources import fingerprint
 
 COMPONENTS = ("transformer", "vae", "text_encoder")
+STOCK_TEXTS = (512,)  # text lengths of the released weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,13 @@ class Weights:
       found: components and shared files.
       distilled: whether the weights say that they are step-distilled.
       pattern: attention pattern they were trained with.
+      texts: text lengths they were trained with, ascending; klein sees its padding.
     """
 
     found: detect.Found
     distilled: bool
     pattern: str
+    texts: tuple[int, ...]
 
 
 def inspect_weights(source: str, transformer: str | None = None) -> Weights:
@@ -82,7 +86,10 @@ def inspect_weights(source: str, transformer: str | None = None) -> Weights:
         index = json.loads(found.shared[detect.INDEX].read_text())
     kv = index.get("_class_name") == "Flux2KleinKVPipeline"
     distilled = bool(index.get("is_distilled", False)) or kv
-    return Weights(found, distilled, found.manifest.get("pattern", "kv" if kv else "full"))
+    recorded = found.manifest.get("conditioning")
+    texts = Policy.from_json(recorded).buckets if recorded else STOCK_TEXTS
+    pattern = found.manifest.get("pattern", "kv" if kv else "full")
+    return Weights(found, distilled, pattern, texts)
 
 
 def networks(weights: Weights, attention: str = "auto", layers: str = "scan") -> Networks:

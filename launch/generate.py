@@ -57,7 +57,7 @@ def main(argv) -> None:
     dtype = build.resolve_dtype(config.dtype)
     nets = build.networks(weights, config.attention, config.layers)
     references = pictures.read_references(_IMAGE.value, nets.vae.cfg.factor)
-    settings = _settings(config, weights, [image.shape[:2] for image in references])
+    settings = _settings(config, weights, prompts, [image.shape[:2] for image in references])
     layout = generation.layout_of(nets, settings, [image.shape[:2] for image in references])
     mesh = build.make_mesh(config.mesh)
     if _DRY_RUN.value:
@@ -109,7 +109,7 @@ def main(argv) -> None:
     print(files[-1])
 
 
-def _settings(config, weights, references: list[tuple[int, int]]):
+def _settings(config, weights, prompts: list[str], references: list[tuple[int, int]]):
     from clvr_jax.diffusion.schedule import ROUNDINGS
     from clvr_jax.generate.image import Settings
     from clvr_jax.generate.prompt import TEXT_BUCKETS
@@ -121,12 +121,17 @@ def _settings(config, weights, references: list[tuple[int, int]]):
         width=width if config.width == -1 else config.width,
         steps=auto["steps"] if config.steps == -1 else config.steps,
         guidance=auto["guidance"] if config.guidance == -1.0 else config.guidance,
-        text_tokens=config.text_tokens,
+        text_tokens=_text_tokens(weights, prompts)
+        if config.text_tokens == -1
+        else config.text_tokens,
         pattern=weights.pattern if config.pattern == "auto" else config.pattern,
         rounding=config.rounding,
     )
-    if settings.text_tokens not in TEXT_BUCKETS:
-        raise ValueError(f"text_tokens is {settings.text_tokens}; choose from {TEXT_BUCKETS}")
+    known = sorted({*TEXT_BUCKETS, *weights.texts})
+    if settings.text_tokens not in known:
+        raise ValueError(
+            f"text_tokens is {settings.text_tokens}; choose from {', '.join(map(str, known))}"
+        )
     if settings.rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {settings.rounding!r}; choose from {ROUNDINGS}")
     if settings.steps < 1 or settings.guidance < 1.0 or config.batch < 1:
@@ -141,6 +146,20 @@ def _settings(config, weights, references: list[tuple[int, int]]):
             file=sys.stderr,
         )
     return settings
+
+
+def _text_tokens(weights, prompts: list[str]) -> int:
+    """The shortest text length the weights were trained with that all prompts fit into."""
+    from clvr_jax.generate.prompt import render
+    from launch.build import load_tokenizer
+
+    if len(weights.texts) == 1:
+        return weights.texts[0]
+    rows = load_tokenizer(weights.found.shared["tokenizer"])(
+        [render(prompt) for prompt in prompts], add_special_tokens=False
+    )["input_ids"]
+    longest = max(map(len, rows))
+    return next((text for text in weights.texts if text >= longest), weights.texts[-1])
 
 
 def _prompts() -> list[str]:

@@ -6,11 +6,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from clvr_jax.data.conditioning import Policy
 from clvr_jax.generate import image, prompt
 from clvr_jax.miniature.render import SIDE
 from conversion.sources import fingerprint
-from launch.evaluation.miniature import BUCKETS, Parts
+from launch.evaluation.miniature import Parts
 from launch.evaluation.sampling import Draw
 
 
@@ -22,13 +21,12 @@ def parts_of(weights: Any, model: Any, steps: int, guidance: float) -> Parts:
       model: loaded.
       steps, guidance: of the sampling.
     """
-    recorded = weights.found.manifest.get("conditioning")
-    policy = Policy(buckets=BUCKETS) if recorded is None else Policy.from_json(recorded)
 
     def bucket(count: int) -> int:
         # longer than any that was trained: drawn all the same, so that no prompt is left out
-        longest = policy.buckets[-1]
-        return policy.bucket(count) if count <= longest else -(-count // longest) * longest
+        longest = weights.texts[-1]
+        fits = (text for text in weights.texts if count <= text)
+        return next(fits, -(-count // longest) * longest)
 
     def tokens(texts: list[str]) -> list[int]:
         rows = [prompt.render(text) for text in texts]
@@ -45,7 +43,7 @@ def parts_of(weights: Any, model: Any, steps: int, guidance: float) -> Parts:
         return np.asarray(through(model.networks, model.params["vae"], values))
 
     draw = draw_with(model, steps, guidance, weights.pattern, SIDE)
-    return Parts(draw, tokens, bucket, recode, policy.buckets)
+    return Parts(draw, tokens, bucket, recode, weights.texts)
 
 
 def draw_with(model: Any, steps: int, guidance: float, pattern: str, side: int) -> Draw:

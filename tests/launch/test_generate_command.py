@@ -85,7 +85,7 @@ def test_dry_run_prints_sizes_and_writes_nothing(weights, tmp_path):
         (["--prompt=x", "--config.stepz=3"], 'Did you mean "steps"'),
         (["--prompt=x", "--image=/no/such.png"], "reference image /no/such.png does not exist"),
         (["--prompt=x", "--config.width=1000"], "positive multiples of 16"),
-        (["--prompt=x", "--config.text_tokens=700"], "choose from (512, 1024, 2048)"),
+        (["--prompt=x", "--config.text_tokens=700"], "choose from 512, 1024, 2048"),
         (["--prompt=x", "--seeds=-1"], "give numbers from 0"),
         ([], "no prompt was given"),
     ],
