@@ -18,7 +18,7 @@ _PRESET = flags.DEFINE_enum("preset", "full", ["full", "quick"], "how long each 
 _STAGES = flags.DEFINE_list(
     "stages",
     [],
-    "only these, with commas between: begin, vae, decoder, klein, vlm_begin, vlm, weights",
+    "only these, with commas between: begin, vae, klein, vlm_begin, vlm, weights",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of first weights and data")
 

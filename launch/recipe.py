@@ -26,7 +26,7 @@ from launch.pictures import write_text
 # optimiser steps of each training by preset; "full" has those of configs/miniature.py
 STEPS: dict[str, dict[str, int]] = {
     "full": {},
-    "quick": {"vae": 800, "decoder": 400, "klein": 1200, "vlm": 1000},
+    "quick": {"vae": 800, "klein": 1200, "vlm": 1000},
 }
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
@@ -58,7 +58,6 @@ class Recipe:
         return {
             "begin": self.begin,
             "vae": self.vae,
-            "decoder": self.decoder,
             "klein": self.klein,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
@@ -151,13 +150,9 @@ class Recipe:
             shutil.rmtree(partial / "vae")
             write_component(partial / "vae", "vae", found.config, params)
 
-    def decoder(self, folder: Path) -> None:
-        """Train the VAE's decoder further, and write a klein with it."""
-        self._exported(folder, self._train("decoder", self.out / "vae"))
-
     def klein(self, folder: Path) -> None:
         """Train transformer and text encoder, and write the pipeline."""
-        self._exported(folder, self._train("klein", self.out / "decoder"))
+        self._exported(folder, self._train("klein", self.out / "vae"))
 
     def weights(self, folder: Path) -> None:
         """Write both once more in bfloat16, as they come with the package."""

@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.plan import Epochs, Step
 from clvr_jax.generate import image as generation
 from clvr_jax.miniature import autoencoder
@@ -33,7 +35,7 @@ __all__ = ["data", "find", "networks", "stage"]
 _LAYERS = 8  # traced at once: loops over such small layers cost a fifth of the time
 _KLEIN = ("transformer", "text_encoder")  # trained together
 _TASKS = ("prompts", "edits", "brings")  # with no, one and two references
-_WHOLE = 0.1  # share of the VAE's steps that see whole pictures
+_WHOLE = 0.05  # share of the VAE's steps that see whole pictures
 _VERSION = 1  # of what the samples are; another one is other data
 
 
@@ -50,7 +52,7 @@ def networks(config: Any, weights: build.Weights) -> generation.Networks:
 def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Stage:
     """Return the stage of the VAE, or of klein without it."""
     shapes, parts = build.abstract(nets, "float32"), weights.found.components
-    common = dict(name=config.stage, constants={}, record={})
+    common = dict(name=config.stage, constants={})
     if config.stage == "world_vae":
         return Stage(
             component="vae",
@@ -59,11 +61,13 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Sta
             others={},
             loss=functools.partial(autoencoder.loss, vae=nets.vae),
             open=lambda: {"vae": parts["vae"].open()},
+            record={},
             **common,
         )
     roots = {"transformer": flux2.STACKED, "text_encoder": qwen3.STACKED}
     name = "+".join(_KLEIN)
     settings = sft.Settings(image.times(config), text_gradient=True)
+    conditioning = Policy(text="instruction", references="chosen", buckets=tuple(config.text))
 
     def open_all() -> dict[str, Any]:
         return {name: Together({part: parts[part].open() for part in _KLEIN})}
@@ -75,6 +79,7 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights) -> Sta
         others={},
         loss=functools.partial(klein_loss, networks=nets, settings=settings),
         open=open_all,
+        record={"conditioning": json.loads(conditioning.to_json())},
         **common,
     )
 
