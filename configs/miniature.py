@@ -11,7 +11,7 @@ random: a row of a step is a number, and all of it comes from that and the seed.
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 5000, "klein": 4200, "vlm": 6000}
+_STEPS = {"vae": 5000, "klein": 3600, "vlm": 6000}
 _ROWS = {"vae": 16, "klein": 32, "vlm": 4}
 _RATE = {"vae": 3e-3, "klein": 3e-3, "vlm": 2e-3}
 
