@@ -4,9 +4,11 @@
 import os
 from pathlib import Path
 
+from tests import QUICK_COMPILE
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("CLVR_TEST_PLATFORM", "cpu")
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE} --xla_force_host_platform_device_count=8"
 ).strip()
 _ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_ROOT / ".cache" / "jax"))

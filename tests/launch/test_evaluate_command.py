@@ -22,6 +22,7 @@ from clvr_jax.statistics import rate
 from launch import evaluate
 from launch.evaluation import miniature, page, view
 from launch.evaluation.sampling import Job, draw_all, groups
+from tests import QUICK_COMPILE
 from tests.miniature.perfect import renders
 
 ROOT = Path(__file__).parents[2]
@@ -205,7 +206,7 @@ def test_the_command_with_random_weights(tmp_path):
     begin = [sys.executable, "-m", "launch.miniature", f"--out={tmp_path}", "--stages=begin"]
     command = [sys.executable, "-m", "launch.evaluate", "miniature", *flags]
     command += [f"--weights={tmp_path / 'begin'}", f"--out={tmp_path / 'out'}"]
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
     for each in (begin, command):
         done = subprocess.run(each, cwd=ROOT, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr

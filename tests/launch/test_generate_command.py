@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from launch import pictures, toy
+from tests import QUICK_COMPILE
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def weights(tmp_path_factory):
 
 
 def command(*flags):
-    environment = os.environ | {"XLA_FLAGS": ""}
+    environment = os.environ | {"XLA_FLAGS": QUICK_COMPILE}
     args = [sys.executable, "-m", "launch.generate", *flags]
     return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, env=environment)
 

@@ -19,6 +19,7 @@ import pytest
 
 from clvr_jax.backends.protocol import Options, user
 from clvr_jax.backends.remote import RemoteConfig, RemoteVlm, Replay
+from tests import QUICK_COMPILE
 from tests.backends import toy
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,7 @@ def server():
             "--config.dtype=float32",
         ],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": "", "CLVR_API_KEY": KEY},
+        env=os.environ | {"XLA_FLAGS": QUICK_COMPILE, "CLVR_API_KEY": KEY},
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -198,7 +199,7 @@ def test_the_remote_backend_is_its_client(server, tmp_path, monkeypatch):
 
 
 def command(module, *flags, **environment):
-    environment = os.environ | {"XLA_FLAGS": ""} | environment
+    environment = os.environ | {"XLA_FLAGS": QUICK_COMPILE} | environment
     args = [sys.executable, "-m", f"launch.{module}", *flags]
     return subprocess.run(
         args, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=120

@@ -4,10 +4,12 @@ import os
 import sys
 from pathlib import Path
 
+from tests import QUICK_COMPILE
+
 ROOT = Path(__file__).parents[2]
 ENV = {
     **os.environ,
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+    "XLA_FLAGS": f"{QUICK_COMPILE} --xla_force_host_platform_device_count=1",
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": str(ROOT),
 }
