@@ -7,7 +7,7 @@ g key/value heads, k head width, f MLP width, c latent channels, r adapter rank,
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 Params = dict[str, Any]  # nested dict of arrays (or of jax.ShapeDtypeStruct)
 PRNGKey = jax.Array
@@ -19,12 +19,14 @@ Images = Float[Array, "b height width 3"]  # values in [-1, 1]
 
 __all__ = [
     "Array",
+    "Bool",
     "Float",
     "Images",
     "Int",
     "Latents",
     "PRNGKey",
     "Params",
+    "Shaped",
     "Times",
     "Tokens",
     "UInt8",

@@ -70,13 +70,14 @@ def test_each_picture_of_a_batch_has_its_own_references(model, pattern):
     settings = dataclasses.replace(SMALL, pattern=pattern, guidance=2.0)
     rows = [[reference(64, 80, i), reference(64, 64, 9 - i)] for i in range(3)]
     prompts, seeds = ["a cup", "two", "a cup"], [3, 4, 5]
-    together = generate_each(model, prompts, rows, seeds, settings)
+    together, finite = generate_each(model, prompts, rows, seeds, settings)
+    assert finite.tolist() == [True] * 3
     for i, row in enumerate(rows):
         alone = generate(model, [prompts[i]], row, [seeds[i]], settings)[0, 0]
         assert np.abs(together[i].astype(int) - alone).max() <= 1
-    swapped = generate_each(model, prompts, rows[::-1], seeds, settings)
+    swapped, _ = generate_each(model, prompts, rows[::-1], seeds, settings)
     assert np.abs(together[0].astype(int) - swapped[0]).max() > 1, "references count"
-    plain = generate_each(model, prompts, [[], [], []], seeds, settings)
+    plain, _ = generate_each(model, prompts, [[], [], []], seeds, settings)
     none = generate(model, prompts[:1], [], seeds[:1], settings)[0, 0]
     assert np.abs(plain[0].astype(int) - none).max() <= 1
 
@@ -86,6 +87,16 @@ def test_rows_of_different_references_are_refused(model):
         generate_each(model, ["a", "b"], [[reference(64, 64)], []], [1, 2], SMALL)
     with pytest.raises(ValueError, match="1 prompts, 2 lists of references and 2 seeds"):
         generate_each(model, ["a"], [[], []], [1, 2], SMALL)
+
+
+def test_pictures_of_no_numbers_are_no_pictures(model):
+    """A reference of infinite values spoils its own picture alone."""
+    spoilt = np.full((64, 64, 3), np.inf, np.float32)
+    rows = [[reference(64, 64)], [spoilt]]
+    _, finite = generate_each(model, ["a", "b"], rows, [1, 2], SMALL)
+    assert finite.tolist() == [True, False]
+    with pytest.raises(FloatingPointError, match=r"no numbers: 'b' with seed 7"):
+        generate(model, ["b"], [spoilt], [7], SMALL)
 
 
 def test_references_and_their_order_matter(model):

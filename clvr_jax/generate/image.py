@@ -20,7 +20,7 @@ from clvr_jax.models.flux2.layout import Layout
 from clvr_jax.models.flux2.transformer import Cache, Transformer
 from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3.decoder import Decoder
-from clvr_jax.typing import Array, Float, Int, Latents, Params, UInt8
+from clvr_jax.typing import Array, Bool, Float, Int, Latents, Params, Shaped, UInt8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ def generate(
     Raises:
       ValueError: sizes are not multiples of the VAE's factor, a prompt is too long, or `noise`
         has another shape.
+      FloatingPointError: a picture has values that are no numbers.
     """
     settings = settings or Settings()
     nets, params = model.networks, model.params
@@ -111,7 +112,8 @@ def generate(
     shape = (count, *layout.noise, nets.transformer.cfg.channels)
     if noise.shape != shape:
         raise ValueError(f"noise has shape {noise.shape}, {shape} is needed")
-    images = _drawn(model, layout, settings, noise, text, empty, tokens)
+    images, finite = _drawn(model, layout, settings, noise, text, empty, tokens)
+    require_finite(finite, [(prompt, seed) for prompt in prompts for seed in seeds])
     return einops.rearrange(images, "(p s) h w c -> p s h w c", p=len(prompts))
 
 
@@ -121,8 +123,10 @@ def generate_each(
     references: Sequence[Sequence[np.ndarray]],
     seeds: Sequence[int],
     settings: Settings | None = None,
-) -> UInt8[np.ndarray, "b height width 3"]:
+) -> tuple[UInt8[np.ndarray, "b height width 3"], Bool[np.ndarray, "b"]]:
     """Return a picture for each prompt with references and a seed of its own, all in one batch.
+
+    Beside them stands for each whether it consists of numbers; where not, it shows nothing.
 
     Args:
       model: what samples.
@@ -152,6 +156,21 @@ def generate_each(
     return _drawn(model, layout, settings, noise, text, empty, tokens)
 
 
+def require_finite(finite: Bool[np.ndarray, "b"], rows: Sequence[tuple[str, int]]) -> None:
+    """Raise FloatingPointError if a picture does not consist of numbers.
+
+    Args:
+      finite: of each picture.
+      rows: prompt and seed of each.
+    """
+    bad = [f"{rows[row][0][:40]!r} with seed {rows[row][1]}" for row in np.flatnonzero(~finite)]
+    if bad:
+        raise FloatingPointError(
+            f"pictures with values that are no numbers: {', '.join(bad)}; the weights may be "
+            "damaged, or float32 be needed (--config.dtype=float32)"
+        )
+
+
 def _encoded(model: ImageModel, prompts: Sequence[str], settings: Settings) -> tuple[Any, Any]:
     """Text features of prompts, and of the empty prompt where there is guidance."""
     texts = list(prompts) + ([""] if settings.guidance != 1.0 else [])
@@ -161,7 +180,7 @@ def _encoded(model: ImageModel, prompts: Sequence[str], settings: Settings) -> t
 
 
 def _drawn(model, layout: Layout, settings: Settings, noise, text, empty, tokens) -> Any:
-    """Denoise and decode; tokens of references are shared by all rows, or one set for each."""
+    """Pictures, and whether each is finite; tokens of references: of all rows, or one set each."""
     nets, params = model.networks, model.params
     cache = None
     if layout.references and layout.rule.cacheable:
@@ -181,7 +200,8 @@ def _drawn(model, layout: Layout, settings: Settings, noise, text, empty, tokens
         empty,
         jnp.float32(settings.guidance),
     )
-    return _fetched(decode(nets, params["vae"], latents))
+    finite = jnp.isfinite(latents).all(axis=(1, 2, 3))
+    return _fetched(decode(nets, params["vae"], latents)), _fetched(finite)
 
 
 def layout_of(
@@ -228,13 +248,13 @@ def reference_tokens(nets: Networks, params: Params, references, dtype) -> Laten
     return jnp.concatenate(encoded, axis=1)
 
 
-def _fetched(images: UInt8[Array, "b height width 3"]) -> UInt8[np.ndarray, "b height width 3"]:
-    """Return pictures on the host, in every process also where several hold parts of them."""
-    if images.is_fully_addressable or images.is_fully_replicated:
-        return np.asarray(images)
+def _fetched(rows: Shaped[Array, "b ..."]) -> Shaped[np.ndarray, "b ..."]:
+    """Return an array on the host, in every process also where several hold parts of it."""
+    if rows.is_fully_addressable or rows.is_fully_replicated:
+        return np.asarray(rows)
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(images, tiled=True)
+    return multihost_utils.process_allgather(rows, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -58,7 +58,9 @@ def draw_with(model: Any, steps: int, guidance: float, pattern: str, side: int) 
     def draw(texts, references, seeds, text_tokens):
         settings = image.Settings(side, side, steps, guidance, text_tokens, pattern)
         values = [[_values(picture) for picture in row] for row in references]
-        return image.generate_each(model, texts, values, seeds, settings)
+        pictures, finite = image.generate_each(model, texts, values, seeds, settings)
+        image.require_finite(finite, list(zip(texts, seeds, strict=True)))
+        return pictures
 
     return draw
 
