@@ -1,0 +1,206 @@
+"""The loop: what it asks, draws, spends and returns, whatever its models do."""
+
+import numpy as np
+import pytest
+
+from clvr_jax.backends.images import NotFinite
+from clvr_jax.backends.protocol import InvalidRequest, Options, Overloaded, user
+from clvr_jax.closed_loop import Budget, Loop, Task
+from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
+from clvr_jax.closed_loop.loop import HIDDEN
+from clvr_jax.data.conditioning import Policy
+from clvr_jax.data.trajectory import Trajectory
+from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
+
+TASK = Task("one", "a red circle and a star", 7)
+CHOSEN = Policy(text="instruction", references="chosen")
+
+
+def loop(vlm, images=None, budget=None, **fields):
+    images, budget = images or Images(), budget or Budget()
+    return Loop(vlm, images, fields.pop("policy", CHOSEN), budget, pause=0.0, **fields)
+
+
+def level(picture):
+    return int(np.asarray(picture)[0, 0, 0])
+
+
+def test_it_draws_looks_edits_and_stops():
+    vlm, images, events = Vlm(GENERATE, edit(1), STOP), Images(), []
+    made = loop(vlm, images, system="draw").run(TASK, events.append)
+    t = made.trajectory
+    assert made.error is None and t.outcome == "stopped" and t.closing == "All is right."
+    assert [step.verdict for step in t.steps] == ["accepted", "accepted"]
+    assert t.steps[0].critique == "Something is missing."
+    assert t.final == 2 and level(made.answer) == 2
+    assert (made.evaluations, made.tokens) == (8, 30)
+    assert [order.text for order in images.orders] == ["a red circle", "add a star"]
+    assert [len(order.references) for order in images.orders] == [0, 1]
+    assert level(images.orders[1].references[0]) == 1
+    told = [[message.role for message in messages] for messages, _ in vlm.sessions[0]]
+    assert told == [["system", "user"], ["user"], ["user"]], "only what is new is said"
+    assert level(vlm.sessions[0][2][0][0].images[0]) == 2
+    kinds = [type(event) for event in events]
+    assert kinds == [Said, Acted, Drew, Said, Acted, Drew, Said, Acted, Ended]
+    again = Trajectory.model_validate(t.record())
+    assert again == t, "what the loop writes is what training reads"
+    assert [message.role for message in t.messages()][:3] == ["system", "user", "assistant"]
+    assert t.steps[1].metadata["given"] == [1] and t.steps[1].metadata["tokens"] == 10
+
+
+def test_conditions_are_made_by_the_policy_of_the_weights():
+    vlm = Vlm(GENERATE, edit(1, "add a star to <IMG_GEN_1>"), STOP)
+    images = Images(longest=1000)
+    loop(vlm, images, policy=Policy()).run(TASK)
+    assert images.orders[1].text == (
+        "a red circle and a star\n\nI begin.\nimage 1\n\nSomething is missing."
+    )
+
+
+def test_seeds_depend_on_the_task_alone():
+    seeds = []
+    for vlm in (Vlm(GENERATE, edit(1), STOP), Vlm(GENERATE, edit(1), STOP)):
+        images = Images()
+        loop(vlm, images).run(TASK)
+        seeds.append([order.seed for order in images.orders] + [o.seed for _, o in vlm.sessions[0]])
+    assert seeds[0] == seeds[1] and len(set(seeds[0])) == 5
+    images = Images()
+    loop(Vlm(GENERATE, STOP), images).run(Task("one", TASK.goal, 8))
+    assert images.orders[0].seed != seeds[0][0]
+
+
+def test_the_answer_is_the_last_picture_that_was_accepted():
+    """Going back to a picture accepts it; a picture that nothing is done with is rejected."""
+    budget = Budget(generations=3)
+    script = (GENERATE, edit(1), edit(1, "add a blue star"), edit(1, "remove the star"))
+    made = loop(Vlm(*script), budget=budget).run(TASK)
+    t = made.trajectory
+    assert t.outcome == "generations" and len(t.steps) == 3 and not t.closing
+    assert [step.verdict for step in t.steps] == ["accepted", "rejected", "rejected"]
+    assert t.final == 1 and level(made.answer) == 1
+    assert t.metadata["unfinished"]["action"]["prompt"] == "remove the star"
+    onward = loop(Vlm(*script[:3], edit(3)), budget=budget).run(TASK).trajectory
+    assert onward.final == 3, "the last picture would have been gone on from"
+    anew = loop(Vlm(GENERATE, GENERATE), budget=Budget(generations=1)).run(TASK).trajectory
+    assert anew.final == 1 and anew.steps[0].verdict == "rejected", "there is no other"
+
+
+@pytest.mark.parametrize(
+    "budget, outcome, pictures",
+    [
+        (Budget(generations=2), "generations", 2),
+        (Budget(evaluations=11), "evaluations", 2),
+        (Budget(evaluations=12), "evaluations", 3),
+        (Budget(tokens=20), "tokens", 2),
+        (Budget(tokens=25), "tokens", 2),
+    ],
+)
+def test_budgets_hold_exactly(budget, outcome, pictures):
+    script = [GENERATE, *[edit(1)] * 9]
+    images = Images()
+    made = loop(Vlm(*script), images, budget).run(TASK)
+    assert made.trajectory.outcome == outcome
+    assert len(made.pictures) == len(images.orders) == pictures
+    for name in ("evaluations", "tokens"):
+        limit = getattr(budget, name)
+        assert limit is None or getattr(made, name) <= limit
+
+
+def test_a_turn_is_cut_when_its_seconds_are_over():
+    made = loop(Vlm(GENERATE, 30.0, STOP), budget=Budget(seconds=0.3)).run(TASK)
+    assert made.trajectory.outcome == "seconds" and 0.3 <= made.seconds < 5
+
+
+def test_no_picture_is_begun_that_would_not_be_done_in_time():
+    images = Images(seconds=0.4)
+    made = loop(Vlm(GENERATE, edit(1), STOP), images, Budget(seconds=0.6)).run(TASK)
+    assert made.trajectory.outcome == "seconds" and len(images.orders) == 1
+    assert made.seconds < 0.6
+
+
+@pytest.mark.parametrize("look, seen", [(1, [True, True, True]), (2, [False, True, False])])
+def test_the_model_looks_as_often_as_it_is_told(look, seen):
+    vlm = Vlm(GENERATE, edit(1), edit(2), STOP)
+    made = loop(vlm, budget=Budget(look=look)).run(TASK)
+    shown = [bool(messages[0].images) for messages, _ in vlm.sessions[0][1:]]
+    assert shown == seen == [step.metadata["shown"] for step in made.trajectory.steps]
+
+
+def test_without_looking_it_is_a_plan():
+    vlm = Vlm(GENERATE, edit(1), STOP)
+    loop(vlm, budget=Budget(look=0)).run(TASK)
+    assert [messages for messages, _ in vlm.sessions[0][1:]] == [(user(HIDDEN),)] * 2
+
+
+def test_broken_answers_are_asked_again():
+    events = []
+    vlm = Vlm("A circle.", GENERATE, edit(4), edit(1, "add " * 30), edit(1), STOP)
+    made = loop(vlm).run(TASK, events.append)
+    assert made.trajectory.outcome == "stopped" and len(made.pictures) == 2
+    whys = [event.why for event in events if isinstance(event, Retried)]
+    assert [why[:18] for why in whys] == [
+        "there is no action",
+        "image 4 does not e",
+        "the text takes 119",
+    ]
+    assert made.trajectory.steps[1].metadata["retries"] == whys[1:]
+    assert made.tokens == 60, "what is thrown away was paid for"
+    again = vlm.sessions[0][1][0]
+    assert len(again) == 1 and "there is no action" in again[0].text
+
+
+def test_models_that_fail_are_asked_again():
+    failing = Vlm(Overloaded("busy"), GENERATE, RuntimeError("lost"), STOP)
+    images = Images(NotFinite("no numbers"), RuntimeError("broken"))
+    made = loop(failing, images).run(TASK)
+    assert made.trajectory.outcome == "stopped" and made.error is None
+    assert made.trajectory.steps[0].metadata["retries"] == [
+        "Overloaded: busy",
+        "NotFinite: no numbers",
+        "RuntimeError: broken",
+    ]
+    assert len({order.seed for order in images.orders}) == 3, "another noise each time"
+    assert made.evaluations == 8, "the picture of no numbers was computed too"
+
+
+def test_what_keeps_failing_loses_nothing_that_was_drawn():
+    events = []
+    made = loop(Vlm(GENERATE, *["no"] * 9), retries=2).run(TASK, events.append)
+    assert made.trajectory.outcome == "failed" and len(made.pictures) == 1
+    assert made.error.startswith("Failed: step 2 failed 3 times")
+    assert made.trajectory.metadata["error"] == made.error
+    assert isinstance(events[-1], Ended)
+    first = loop(Vlm(*["no"] * 9), retries=1).run(TASK)
+    assert first.trajectory is None and first.answer is None and "step 1 failed" in first.error
+
+
+def test_a_request_that_can_never_be_answered_is_not_repeated():
+    vlm = Vlm(GENERATE, InvalidRequest("too long"))
+    made = loop(vlm).run(TASK)
+    assert made.error == "InvalidRequest: too long" and len(vlm.sessions[0]) == 2
+
+
+def test_turns_longer_than_they_may_be_are_asked_again():
+    vlm = Vlm(GENERATE, GENERATE, tokens=9)
+    made = loop(vlm, retries=1, options=Options(max_tokens=8)).run(TASK)
+    assert "longer than 8 tokens" in made.error and made.tokens == 16
+
+
+def test_a_grammar_is_asked_for_where_it_is_wanted():
+    vlm = Vlm(GENERATE, STOP)
+    loop(vlm, constrain=True).run(TASK)
+    first, second = (options.grammar for _, options in vlm.sessions[0])
+    assert "references" not in first and "references" in second
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(generations=0), "generations is 0; it must be above 0"),
+        (dict(seconds=0.0), "seconds is 0.0"),
+        (dict(look=-1), "look is -1"),
+    ],
+)
+def test_budgets_that_allow_nothing_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        Budget(**fields)
