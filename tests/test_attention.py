@@ -201,7 +201,7 @@ def test_cudnn_says_what_it_needs():
         attend(*operands(), implementation="cudnn")
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_heads_together_equal_heads_in_turn(monkeypatch, many_blocks, causal):
     """The path of accelerators (heads together) and that of CPUs give the same, and gradients."""
     q, k, v = operands(keys=37)

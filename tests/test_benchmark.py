@@ -74,6 +74,7 @@ def test_flops_and_bytes_of_the_vision_language_model():
     assert token_bytes(cfg.text, 2) == 147_456
 
 
+@pytest.mark.slow
 def test_the_text_benchmark_writes_its_report(tmp_path):
     out = tmp_path / "text.json"
     flags = ["--model=toy", "--dtype=float32", "--prompt=40", "--turn=20", "--picture=64"]
@@ -114,7 +115,7 @@ def test_random_weights_refuse_unknown_names():
         random_params({"gate": {"alpha": jax.ShapeDtypeStruct((2,), jnp.float32)}}, 0)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_both_layouts_of_layers_are_read(scan):
     model = image.build(image.Case("toy", SMALL, dtype="float32", scan=scan))
     shapes, read = layer_reader(model.params["transformer"], STACKED)

@@ -1,6 +1,7 @@
 """The house's import order: a module imports only from lower rooms (see ORDER), lowest first."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ ORDER = (
     ("clvr_jax.models", "clvr_jax.train"),
     ("clvr_jax.generate",),
     ("clvr_jax.backends",),
-    ("clvr_jax.miniature", "clvr_jax.serving", "clvr_jax.sft"),
+    ("clvr_jax.closed_loop", "clvr_jax.miniature", "clvr_jax.serving", "clvr_jax.sft"),
     ("conversion",),
     ("launch",),
 )
@@ -54,6 +55,7 @@ def files() -> list[Path]:
     return [f for top in ("clvr_jax", "conversion", "launch") for f in (ROOT / top).rglob("*.py")]
 
 
+@functools.cache
 def imports(file: Path) -> list[str]:
     found = []
     for node in ast.walk(ast.parse(file.read_text())):

@@ -43,7 +43,14 @@ def gradient(remat, inputs):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        name if name == "full" else pytest.param(name, marks=pytest.mark.slow)
+        for name in REMAT
+        if name != "none"
+    ],
+)
 def test_what_is_kept_changes_no_gradient(remat, inputs):
     expected, found = gradient("none", inputs), gradient(remat, inputs)
     for path, leaf in tree.flatten(found).items():

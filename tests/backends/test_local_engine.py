@@ -240,7 +240,13 @@ def test_free_reasoning_then_a_constrained_answer(vlm):
     assert reply.text.lstrip().startswith("{")
 
 
-@pytest.mark.parametrize("sizes", [{"tensor": 2, "fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        {"data": 2, "fsdp": 2, "tensor": 2},
+    ],
+)
 def test_a_mesh_says_what_one_device_says(vlm, sizes):
     mesh = build.make_mesh(sizes)
     spread = toy.load(mesh=mesh)

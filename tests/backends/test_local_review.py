@@ -236,6 +236,7 @@ def test_rows_are_added_within_the_budget(monkeypatch):
     assert max(sizes) <= 3 * 2**20
 
 
+@pytest.mark.slow
 def test_a_crowd_stays_within_the_budget_and_says_what_it_says_alone(monkeypatch):
     """Sessions of all lengths come, go on, are cancelled and closed while memory is short."""
     rng = random.Random(0)

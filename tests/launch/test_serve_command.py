@@ -226,8 +226,14 @@ def test_ask_here_and_there(server, tmp_path):
         (["--weights=/nowhere"], "does not exist"),
         (["--weights=/nowhere", "--host=0.0.0.0"], "holds no key"),
         (["--weights=TOY", "--config.context=100000000"], "the checkpoint's positions end at"),
-        (["--weights=TOY", "--config.cache_gib=0.001"], "raise the budget or lower the context"),
-        (["--weights=TOY", "--config.max_rows=3"], "power of two"),
+        pytest.param(
+            ["--weights=TOY", "--config.cache_gib=0.001"],
+            "raise the budget or lower the context",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--weights=TOY", "--config.max_rows=3"], "power of two", marks=pytest.mark.slow
+        ),
         (["--weights=TOY", "--config.dtype=int4"], "choose auto, bfloat16 or float32"),
         (["--weights=TOY", "--config.attention=flash"], "choose auto, reference"),
         (["--weights=TOY", "--max_queue=0"], "max_queue is 0"),

@@ -48,6 +48,7 @@ def equal(a, b):
 OPTIONS = ("steps=10", "save.every=5", "log=1", "ema=0.9", "dropout=0.3")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(folder, tmp_path):
     whole = tmp_path / "whole"
     run(arguments(folder, "image", whole, *OPTIONS))
@@ -114,7 +115,7 @@ def test_bad_data_is_refused_before_anything_starts(folder, tmp_path):
     bad.unlink()
 
 
-@pytest.mark.parametrize("stage", ["image", "vlm"])
+@pytest.mark.parametrize("stage", [pytest.param("image", marks=pytest.mark.slow), "vlm"])
 def test_dry_run_plans_for_machines_that_are_not_there(folder, tmp_path, stage):
     command = arguments(folder, stage, tmp_path / "run")
     told = run(command, extra=["--dry_run", "--target=h20x8"]).stdout
@@ -131,6 +132,7 @@ def test_dry_run_plans_for_machines_that_are_not_there(folder, tmp_path, stage):
     assert "64 x TPU v5e" in told and "a nominal one was planned for" in told
 
 
+@pytest.mark.slow
 def test_a_run_is_weights(folder, tmp_path):
     """Its newest checkpoint converts, by the moving average, and another run begins from it."""
     workdir, again = tmp_path / "run", tmp_path / "again"

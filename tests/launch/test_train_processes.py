@@ -108,6 +108,7 @@ def together(folder, alone):
     return folder / "together", told
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_process_and_written_once(alone, together):
     workdir, told = together
     agree(losses(workdir), alone)
@@ -118,6 +119,7 @@ def test_losses_are_those_of_one_process_and_written_once(alone, together):
     assert [start["processes"] for start in record["starts"]] == [2]
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_what_two_saved(folder, alone, together, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)
@@ -136,6 +138,7 @@ def test_one_process_goes_on_with_what_two_saved(folder, alone, together, tmp_pa
     assert np.abs(ours - theirs).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_another_number_of_rows_is_refused_by_name(folder, together, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(together[0], workdir)

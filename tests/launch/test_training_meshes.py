@@ -145,7 +145,11 @@ def apart(a, b):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("sizes", MESHES, ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()))
+@pytest.mark.parametrize(
+    "sizes",
+    [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1]), MESHES[-1]],
+    ids=lambda s: "-".join(f"{k}{v}" for k, v in s.items()),
+)
 def test_losses_gradients_and_parameters_are_those_of_one_device(name, sizes):
     """With SGD a step's change is its gradient, so that every step's gradients are compared."""
     told, after, state = run(name, make_mesh(sizes), SGD)

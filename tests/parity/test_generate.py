@@ -57,11 +57,11 @@ def ours(model, monkeypatch, noise, references=(), **fields):
     [
         ("base", 0, 4.0, 6),
         ("base", 2, 4.0, 4),
-        ("base", 0, 1.0, 4),
+        pytest.param("base", 0, 1.0, 4, marks=pytest.mark.slow),
         ("distilled", 1, 1.0, 4),
-        ("distilled", 3, 1.0, 4),
-        ("kv", 0, 1.0, 4),
-        ("kv", 1, 1.0, 4),
+        pytest.param("distilled", 3, 1.0, 4, marks=pytest.mark.slow),
+        pytest.param("kv", 0, 1.0, 4, marks=pytest.mark.slow),
+        pytest.param("kv", 1, 1.0, 4, marks=pytest.mark.slow),
         ("kv", 2, 1.0, 4),
     ],
 )
@@ -102,6 +102,7 @@ def test_every_input_shows():
     assert np.abs(plain - cached).max() > 5
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference(model, monkeypatch):
     """Mean error of text, loop and pictures over 8 starts, weights rounded to bfloat16 first."""
     start = round_bfloat16(pipelines.noise(8))

@@ -13,9 +13,9 @@ SMALL = Settings(height=64, width=80, steps=2, text_tokens=24)
 @pytest.mark.parametrize(
     ("fields", "changes"),
     [
-        ({}, {"batch": 2}),
+        pytest.param({}, {"batch": 2}, marks=pytest.mark.slow),
         ({"guidance": 4.0}, {"references": 1}),
-        ({"pattern": "kv"}, {"references": 2, "scan": False}),
+        pytest.param({"pattern": "kv"}, {"references": 2, "scan": False}, marks=pytest.mark.slow),
     ],
     ids=["plain", "guided", "kv"],
 )

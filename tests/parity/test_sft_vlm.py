@@ -112,7 +112,7 @@ def mean_loss(cfg, shape, params, batch):
 value = jax.jit(mean_loss, static_argnums=(0, 1))
 
 
-@pytest.mark.parametrize("name", ["grouped", "one_kv_head"])
+@pytest.mark.parametrize("name", [pytest.param("grouped", marks=pytest.mark.slow), "one_kv_head"])
 def test_loss_and_gradients(name):
     wanted, theirs, cfg, params = reference(name)
     batch, shape = rows(cfg, vlm.MODELS[name].get("patch", 4))

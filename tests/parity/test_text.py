@@ -82,6 +82,7 @@ def test_other_layers():
     assert within(TOLERANCE, ours, theirs)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference():
     """Mean error against float32 over 12 samples, weights rounded to bfloat16 first."""
     ratios = []

@@ -127,6 +127,7 @@ def test_rotary_pairs_matter(monkeypatch):
     assert relative_error(reference.velocity(model, *arrays, NOISE), right) > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference():
     """Mean error against float32 over 8 sets of weights, these and the inputs rounded first."""
     layout = Layout(TEXT, NOISE, REFERENCES[:1])

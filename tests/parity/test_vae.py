@@ -123,6 +123,7 @@ def test_decode_inverts_the_latent_handling_of_encode():
 
 
 @pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference(method):
     """Mean error against float32 over 8 sets of weights, these and the inputs rounded first."""
     run = getattr(coders, method)

@@ -153,6 +153,7 @@ def test_qwen3(sizes):
     assert within(TOLERANCE, ours[real], theirs[real])
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference():
     """Mean error of logits against float32 over 25 rows, weights rounded to bfloat16 first."""
     ratios = []

@@ -187,6 +187,7 @@ def test_adapters_change_the_loss_and_have_gradients():
         assert path.endswith("/a") or jnp.any(leaf != 0)  # b is zero, so that a has no gradient yet
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing(source, mesh_2x2x2):
     _, params = model()
     made = batches(source)

@@ -160,6 +160,7 @@ def test_bfloat16():
     assert {leaf.dtype for leaf in jax.tree.leaves(g)} == {jnp.dtype(jnp.bfloat16)}
 
 
+@pytest.mark.slow
 def test_sharded_equals_single_device(mesh_2x2x2):
     rows, static = batch(*PACKINGS["two by two"])
     (mean, sums), (g, _) = run(cases.params(), {}, rows, static)
