@@ -57,3 +57,7 @@ class Ended:
 
 Event = Said | Acted | Drew | Retried | Ended
 OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """Take no notice of an event."""

@@ -20,7 +20,8 @@ from clvr_jax.backends.images import Drawn, ImageGenerator, NotFinite, Order
 from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm, system, user
 from clvr_jax.closed_loop import turn as turns
 from clvr_jax.closed_loop.budget import Budget, Limit, Spent
-from clvr_jax.closed_loop.events import Acted, Drew, Ended, Event, OnEvent, Retried, Said
+from clvr_jax.closed_loop.drawing import Drawing
+from clvr_jax.closed_loop.events import Acted, Drew, Ended, OnEvent, Retried, Said, ignore
 from clvr_jax.closed_loop.result import Result, Task
 from clvr_jax.data.conditioning import Condition, Policy, condition_next
 from clvr_jax.data.trajectory import Step, Trajectory
@@ -29,10 +30,6 @@ from clvr_jax.data.turns import Turn
 HIDDEN = "The picture is drawn. It is not shown now; go on as you planned."
 AGAIN = "That could not be used: {why}. Answer again."
 _CUT = "it was longer than {tokens} tokens; be shorter"
-
-
-def ignore(event: Event) -> None:
-    """Take no notice of an event."""
 
 
 class Failed(RuntimeError):
@@ -103,6 +100,7 @@ class _Run:
         spent, trajectory = self._spent, None
         if self._steps:
             metadata = {
+                "mode": "loop",
                 "seed": self._task.seed,
                 "models": {"vlm": self._loop.vlm.name, "images": self._loop.images.name},
                 **({"error": error} if error else {}),
@@ -239,23 +237,21 @@ class _Run:
         )
         return Order(given.text, tuple(self._pictures[i] for i in given.references)), given
 
+    def _not_drawn(self, error: Exception, attempt: int) -> None:
+        cost = self._loop.images.evaluations
+        if isinstance(error, NotFinite):  # it was computed to its end
+            self._spent.evaluations += cost
+        self._again(f"{type(error).__name__}: {error}", attempt)
+        if self._spent.forbids_picture(cost):
+            raise Failed(f"no budget is left to try again: {error}") from error
+
     def _draw(self, turn: Turn, shown: bool) -> Drawn:
         """Draw one picture and record its step."""
         loop, number = self._loop, len(self._steps) + 1
         order, given = self._order(turn)
         began = time.monotonic()
-        for attempt in range(loop.retries + 1):
-            seed = self._task.draw("picture", number, attempt)
-            try:
-                drawn = loop.images.submit(dataclasses.replace(order, seed=seed)).result()
-            except Exception as error:
-                if isinstance(error, NotFinite):
-                    self._spent.evaluations += loop.images.evaluations
-                self._again(f"{type(error).__name__}: {error}", attempt)
-                if self._spent.forbids_picture(loop.images.evaluations):
-                    raise Failed(f"no budget is left to try again: {error}") from error
-                continue
-            break
+        drawing = Drawing(loop.images, order, lambda n: self._task.draw("picture", number, n))
+        drawn, seed = drawing.result(self._not_drawn)
         self._spent.drawing = time.monotonic() - began
         self._spent.generations += 1
         self._spent.evaluations += drawn.evaluations

@@ -1,0 +1,215 @@
+"""What the loop is compared with: one picture, the best of several, and a rewritten prompt.
+
+Each takes a `Task` and returns a `Result`, as the loop does, so that they can be swapped for it.
+None of them is given what the loop's image model is told of a trajectory: the text is the prompt.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from clvr_jax.backends import requests
+from clvr_jax.backends.images import ImageGenerator, NotFinite, Order
+from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm
+from clvr_jax.closed_loop.drawing import Drawing
+from clvr_jax.closed_loop.events import Drew, Ended, OnEvent, Retried, ignore
+from clvr_jax.closed_loop.result import Result, Task
+from clvr_jax.data.trajectory import Step, Trajectory
+from clvr_jax.data.turns import Action
+
+_HEAT = 0.7  # least temperature of an answer that is asked for anew
+RETRIES = 3  # of a picture or a question that failed
+
+
+@dataclasses.dataclass(frozen=True)
+class Single:
+    """One picture of the prompt as it is.
+
+    Attributes:
+      images: draws.
+    """
+
+    images: ImageGenerator
+
+    def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
+        """Draw what a task asks for; whatever fails is part of the result."""
+        return _Baseline("single", self.images, None, task, on_event).result(
+            lambda own: own.draw([task.goal], "I draw it as it is asked for.")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf:
+    """The best of several pictures of the prompt, as a model chooses.
+
+    It compares the best so far with the next one, the first of both shown first; a tie keeps the
+    earlier one.
+
+    Attributes:
+      images: draws.
+      vlm: chooses.
+      count: pictures.
+      options: of its answers.
+    """
+
+    images: ImageGenerator
+    vlm: Vlm
+    count: int
+    options: Options = Options(max_tokens=128)
+
+    def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
+        """Draw what a task asks for; whatever fails is part of the result."""
+
+        def work(own: "_Baseline") -> None:
+            own.draw([task.goal] * self.count, "I draw it as it is asked for, in another way.")
+            for other in range(1, self.count):
+                best = own.final - 1
+                asked = requests.CHOOSE.message(
+                    own.pictures[best], own.pictures[other], goal=task.goal
+                )
+                said = own.ask(asked, self.options, requests.choice, "choose", other)
+                if said == "B":
+                    own.final = other + 1
+
+        return _Baseline("best_of", self.images, self.vlm, task, on_event).result(work)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewrite:
+    """One picture of the prompt as a model has rewritten it, without looking at anything.
+
+    Attributes:
+      images: draws.
+      vlm: rewrites.
+      options: of its answers.
+    """
+
+    images: ImageGenerator
+    vlm: Vlm
+    options: Options = Options(max_tokens=512)
+
+    def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
+        """Draw what a task asks for; whatever fails is part of the result."""
+
+        def work(own: "_Baseline") -> None:
+            asked = requests.REWRITE.message(goal=task.goal)
+            text = own.ask(asked, self.options, _words, "rewrite")
+            own.draw([text], "I draw it as I have written it out.")
+
+        return _Baseline("rewrite", self.images, self.vlm, task, on_event).result(work)
+
+
+def _words(reply: str) -> str:
+    text = " ".join(reply.split())
+    if not text:
+        raise ValueError("the rewritten prompt is empty")
+    return text
+
+
+class _Baseline:
+    """One task under way: what was drawn and what it cost.
+
+    Attributes:
+      pictures: so far.
+      final: number of the one that is the answer.
+    """
+
+    def __init__(
+        self, mode: str, images: ImageGenerator, vlm: Vlm | None, task: Task, on_event: OnEvent
+    ):
+        self._mode, self._images, self._vlm, self._task = mode, images, vlm, task
+        self._tell = on_event
+        self._steps: list[Step] = []
+        self._evaluations = self._tokens = 0
+        self.pictures: list[Image.Image] = []
+        self.final = 1
+
+    def result(self, work: Any) -> Result:
+        began, error = time.monotonic(), None
+        try:
+            work(self)
+        except Exception as failure:  # whatever it is, what was drawn is kept
+            error = f"{type(failure).__name__}: {failure}"
+        trajectory = self._trajectory(error) if self._steps else None
+        result = Result(
+            self._task,
+            trajectory,
+            tuple(self.pictures),
+            error,
+            time.monotonic() - began,
+            self._evaluations,
+            self._tokens,
+        )
+        self._tell(Ended(self._task.id, result))
+        return result
+
+    def draw(self, texts: Sequence[str], reasoning: str) -> None:
+        """Draw a picture for each text, all at once."""
+        began = time.monotonic()
+        seed = lambda number: lambda attempt: self._task.draw("picture", number, attempt)
+        waiting = [
+            Drawing(self._images, Order(text), seed(number)) for number, text in enumerate(texts, 1)
+        ]
+        for number, (text, drawing) in enumerate(zip(texts, waiting, strict=True), 1):
+            drawn, came_of = drawing.result(self._failed)
+            seconds = time.monotonic() - began
+            self.pictures.append(drawn.picture)
+            self._evaluations += drawn.evaluations
+            metadata = {
+                "draw_s": round(seconds, 4),
+                "together": drawn.together,
+                "evaluations": drawn.evaluations,
+                "seed": came_of,
+                "text": text,
+            }
+            action = Action(kind="generate", prompt=text)
+            self._steps.append(
+                Step(reasoning=reasoning, action=action, image=f"{number}.png", metadata=metadata)
+            )
+            self._tell(Drew(self._task.id, number, drawn.picture, seconds, drawn.evaluations))
+
+    def ask(self, message: Message, options: Options, read: Any, *what: object) -> Any:
+        """Return what a question's answer says; it is asked anew where it fails or says nothing."""
+        attempt = 0
+        while True:
+            session = self._vlm.start()
+            try:
+                seed = self._task.draw(*what, attempt)
+                # what was said is not said again: after a failure the answer is drawn by chance
+                heat = max(options.temperature, _HEAT) if attempt else options.temperature
+                chosen = dataclasses.replace(options, seed=seed, temperature=heat)
+                reply = session.submit([message], chosen).result()
+                self._tokens += reply.usage.completion
+                return read(reply.text)
+            except InvalidRequest:
+                raise
+            except Exception as error:
+                self._failed(error, attempt)
+            finally:
+                session.close()
+            attempt += 1
+
+    def _failed(self, error: Exception, attempt: int) -> None:
+        if isinstance(error, NotFinite):  # it was computed to its end
+            self._evaluations += self._images.evaluations
+        if attempt == RETRIES:
+            raise error
+        why = f"{type(error).__name__}: {error}"
+        self._tell(Retried(self._task.id, len(self._steps) + 1, why))
+
+    def _trajectory(self, error: str | None) -> Trajectory:
+        models = {"images": self._images.name}
+        if self._vlm is not None:
+            models["vlm"] = self._vlm.name
+        metadata = {"mode": self._mode, "seed": self._task.seed, "models": models}
+        return Trajectory(
+            id=self._task.id,
+            goal=self._task.goal,
+            steps=tuple(self._steps),
+            outcome="failed" if error else None,
+            final=self.final,
+            metadata=metadata | ({"error": error} if error else {}),
+        )
