@@ -119,7 +119,9 @@ def test_gradient_of_blocked_equals_reference(many_blocks, causal, lengths):
         assert error(ours, theirs) < 2e-6
 
 
-@pytest.mark.parametrize("name", HERE)
+@pytest.mark.parametrize(
+    "name", [n if n == "blocked" else pytest.param(n, marks=pytest.mark.slow) for n in HERE]
+)
 def test_gradient_through_a_join(many_blocks, name):
     """The residual carries gradient: without it the parts' keys get a wrong one."""
     q, k, v = operands(keys=40)

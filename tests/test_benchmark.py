@@ -115,7 +115,8 @@ def test_random_weights_refuse_unknown_names():
         random_params({"gate": {"alpha": jax.ShapeDtypeStruct((2,), jnp.float32)}}, 0)
 
 
-@pytest.mark.parametrize("scan", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
 def test_both_layouts_of_layers_are_read(scan):
     model = image.build(image.Case("toy", SMALL, dtype="float32", scan=scan))
     shapes, read = layer_reader(model.params["transformer"], STACKED)
@@ -156,7 +157,15 @@ def test_the_limit_is_measured_where_no_vendor_number_is_known():
     assert "measured" in limit["limit_is"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--references=1", "--pattern=kv", "--layers=unrolled"]])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [],
+        pytest.param(
+            ["--references=1", "--pattern=kv", "--layers=unrolled"], marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_the_image_benchmark_writes_its_report(tmp_path, extra, capsys):
     out = tmp_path / "results" / "toy.json"
     options = ["--model=toy", "--size=64x80", "--steps=2", "--text_tokens=16", "--repeat=1"]

@@ -82,7 +82,10 @@ def test_klein(layout, sizes):
 
 @pytest.mark.parametrize(
     ("length", "sizes"),
-    [(24, {"fsdp": 2, "tensor": 2, "context": 2}), (22, {"fsdp": 2, "context": 4})],
+    [
+        pytest.param(24, {"fsdp": 2, "tensor": 2, "context": 2}, marks=pytest.mark.slow),
+        (22, {"fsdp": 2, "context": 4}),
+    ],
 )
 def test_language_model_with_segments(length, sizes):
     """Packed rows with pictures, cut across segments; 22 tokens are not divided by 4."""
@@ -102,6 +105,7 @@ def test_language_model_with_segments(length, sizes):
     same_on(sizes, run, params, ids, features)
 
 
+@pytest.mark.slow
 def test_vision():
     cfg = qwen3_vl.VARIANTS["tiny"]
     params = random_params({"visual": vlm.abstract_params(cfg)["visual"]}, 0, qwen3_vl.STACKED)

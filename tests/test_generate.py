@@ -42,7 +42,7 @@ def compiles():
     return sum(getattr(generation, name)._cache_size() for name in JITTED)
 
 
-@pytest.mark.parametrize("pattern", ["full", "kv", "causal"])
+@pytest.mark.parametrize("pattern", [pytest.param("full", marks=pytest.mark.slow), "kv", "causal"])
 def test_a_second_call_of_the_same_shapes_compiles_nothing(model, pattern):
     settings = dataclasses.replace(SMALL, pattern=pattern, guidance=3.0)
     refs = [reference(64, 80), reference(96, 64)]
@@ -65,7 +65,8 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model):
     assert np.abs(batch[0, 0].astype(int) - batch[1, 0]).mean() > 0.1
 
 
-@pytest.mark.parametrize("pattern", [pytest.param("full", marks=pytest.mark.slow), "kv"])
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["full", "kv"])
 def test_each_picture_of_a_batch_has_its_own_references(model, pattern):
     settings = dataclasses.replace(SMALL, pattern=pattern, guidance=2.0)
     rows = [[reference(64, 80, i), reference(64, 64, 9 - i)] for i in range(3)]
@@ -106,6 +107,7 @@ def test_references_and_their_order_matter(model):
     assert np.abs(ab.astype(int) - generate(model, ["x"], [a], [0], SMALL)).mean() > 0.1
 
 
+@pytest.mark.slow
 def test_unrolled_layers_give_the_same_pictures(model):
     from clvr_jax.models.flux2.config import STACKED
     from clvr_jax.models.layers import unstack

@@ -74,6 +74,7 @@ def test_an_unknown_policy_is_refused(inputs):
         gradient("some", inputs)
 
 
+@pytest.mark.slow
 def test_unrolled_layers_equal_scanned_ones(inputs):
     params, arrays = inputs
     apart = unstack(jax.tree.map(jnp.copy, params), STACKED)

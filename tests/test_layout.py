@@ -77,7 +77,7 @@ def test_cached_references_count_before_new_ones():
     )
 
 
-@pytest.mark.parametrize("pattern", ["kv", "causal"])
+@pytest.mark.parametrize("pattern", [pytest.param("kv", marks=pytest.mark.slow), "causal"])
 def test_cached_equals_uncached(pattern):
     model, params, image, text, t = tiny_inputs(references=((2, 3), (3, 1)))
     layout = Layout(4, (2, 3), ((2, 3), (3, 1)), pattern=pattern)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax.data.trajectory import Action, Step, Trajectory
 from clvr_jax.report.evaluation import Card, Gallery, Section, Table, Tile, evaluation_page
 from clvr_jax.report.page import page, png_uri
+from clvr_jax.report.trajectory import Entry, Spent, index_page, trajectory_page
 from clvr_jax.statistics import rate
 
 RED = png_uri(np.full((4, 6, 3), (255, 0, 0), np.uint8))
@@ -62,3 +64,63 @@ def test_cards_say_how_they_ended_in_words_too():
 def test_a_value_that_is_not_given_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="title"):
         page("base.html.jinja", facts=[])
+
+
+STEPS = (
+    Step(
+        reasoning="I begin with <b>one</b>.",
+        action=Action(kind="generate", prompt="a red circle"),
+        image="1.png",
+        verdict="accepted",
+        metadata={"think_s": 0.25, "draw_s": 1.5, "tokens": 12, "evaluations": 4},
+    ),
+    Step(
+        reasoning="<IMG_GEN_1> lacks its star.",
+        action=Action(kind="edit", prompt="add a star to <IMG_GEN_1>", references=(1,)),
+        image="2.png",
+        verdict="rejected",
+        metadata={"retries": ["Overloaded: busy"]},
+    ),
+)
+DRAWN = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+SPENT = Spent(2, 8, 24, 3.21)
+
+
+def shown(**fields):
+    given = dict(id="x", goal="a circle & a star", steps=STEPS, outcome="stopped", final=1)
+    return trajectory_page(Trajectory(**given | fields), DRAWN, SPENT, {"device": "cpu"})
+
+
+def test_a_trajectory_is_told_step_by_step():
+    html = shown(closing="The star is right.")
+    assert "<h1>a circle &amp; a star</h1>" in html and "&lt;b&gt;one" in html
+    assert not re.search(r"""(src|href)=["'](?!data:)|<script|<link|url\(|@import""", html)
+    one, two = (png_uri(picture) for picture in DRAWN)
+    # the answer above; in its step; and beside the edit that works from it
+    assert html.count(one) == 3 and html.count(two) == 1
+    assert "0.2 s thinking, 1.5 s drawing, 12 tokens, 4 evaluations" in html
+    assert "picture 1 lacks its star." in html and "<IMG_GEN" not in html
+    assert "tried again: Overloaded: busy" in html and "The star is right." in html
+    assert html.count('class="final"') == 1 and "accepted · the answer" in html
+    assert "the model was satisfied" in html and "<b>24</b>tokens" in html
+
+
+def test_a_failed_trajectory_says_why():
+    html = shown(outcome="failed", metadata={"error": "Failed: <no> action"})
+    assert "it failed" in html and "Failed: &lt;no&gt; action" in html
+    with pytest.raises(ValueError):
+        trajectory_page(Trajectory(id="x", goal="y", steps=STEPS), DRAWN[:1], SPENT, {})
+
+
+def test_many_trajectories_are_filtered_by_their_ends():
+    entries = [
+        Entry("a <star>", "stopped", SPENT, "0000/index.html", RED),
+        Entry("two", "generations", SPENT, "0001/index.html", RED),
+        Entry("three", "failed", Spent(0, 0, 0, 0.0), "0002/index.html", None),
+        Entry("four", "stopped", SPENT, "0003/index.html", RED),
+    ]
+    html = index_page("Four", entries, {})
+    assert html.count('class="entry stopped"') == 2 and "stopped 2" in html and "all 4" in html
+    assert "failed 1" in html and "seconds 0" not in html, "only ends that there are"
+    assert 'href="0001/index.html"' in html and "a &lt;star&gt;" in html
+    assert "<b>6</b>pictures" in html and html.count("<img ") == 3

@@ -45,8 +45,15 @@ def difference(ours, theirs):
     return np.abs(np.asarray(ours) - np.asarray(theirs)).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("b", [1, 4])
-@pytest.mark.parametrize("pattern", ["full", "kv"])
+@pytest.mark.parametrize(
+    ("pattern", "b"),
+    [
+        ("full", 1),
+        ("kv", 4),
+        pytest.param("full", 4, marks=pytest.mark.slow),
+        pytest.param("kv", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_transformer_equals_one_device(mesh_2x2x2, b, pattern):
     layout = Layout(8, (3, 5), ((2, 4),), pattern=pattern)
     net = transformer.Transformer(TINY)
@@ -122,7 +129,7 @@ def test_sharded_vision_equals_one_device(mesh_2x2x2):
     assert difference(out, expected) < 3e-6
 
 
-@pytest.mark.parametrize("mesh_too", [False, True])
+@pytest.mark.parametrize("mesh_too", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_prepared_weights_compute_the_same(mesh_2x2x2, mesh_too):
     """Fused, unrolled and perhaps spread: the hidden states of the stacked model."""
     cfg = VARIANTS["tiny"]

@@ -240,10 +240,11 @@ def test_free_reasoning_then_a_constrained_answer(vlm):
     assert reply.text.lstrip().startswith("{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
-        pytest.param({"tensor": 2, "fsdp": 4}, marks=pytest.mark.slow),
+        {"tensor": 2, "fsdp": 4},
         {"data": 2, "fsdp": 2, "tensor": 2},
     ],
 )
@@ -268,6 +269,7 @@ def test_a_mesh_says_what_one_device_says(vlm, sizes):
         spread.close()
 
 
+@pytest.mark.slow
 def test_a_text_only_model(tmp_path):
     toys.write(tmp_path / "klein")
     folder = tmp_path / "klein" / "text_encoder"

@@ -80,6 +80,7 @@ def test_pictures(model, monkeypatch, kind, references, guidance, steps):
     assert np.abs(pixels.astype(int) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_every_input_shows():
     """On these toy models each input changes many grey levels, so equal pictures mean something."""
     start = pipelines.noise(2)

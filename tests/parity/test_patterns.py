@@ -37,7 +37,7 @@ def whole_sequence(network, params, tokens, text, layout):
     return [run({"params": params}, tokens, text, t, layout=layout) for t in TIMES]
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_velocity(count):
     model, network, params = models()
     layout = Layout(TEXT, NOISE, REFERENCES[:count], pattern="kv")

@@ -10,6 +10,7 @@ from launch.bench import image, peer
 SMALL = Settings(height=64, width=80, steps=2, text_tokens=24)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "changes"),
     [

@@ -67,6 +67,7 @@ def test_decode(name):
     assert within(TOLERANCE, ours, theirs)
 
 
+@pytest.mark.slow
 def test_every_weight_matters_but_the_log_variance():
     _, cfg, params = pair("four_levels")
     params = jax.device_get(params)  # numpy throughout: one compiled program

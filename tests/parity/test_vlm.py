@@ -47,7 +47,12 @@ def forward(cfg, params, batch, *, scan: bool = True, capture=(), padded: bool =
 
 @pytest.mark.parametrize(
     ("name", "scan"),
-    [("grouped", True), ("one_kv_head", True), ("deep", True), ("grouped", False)],
+    [
+        ("grouped", True),
+        ("one_kv_head", True),
+        pytest.param("deep", True, marks=pytest.mark.slow),
+        ("grouped", False),
+    ],
 )
 def test_every_hidden_state_and_logits(name, scan):
     """States among DeepStack's layers are those before its addition, as the reference's are."""

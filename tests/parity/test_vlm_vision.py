@@ -122,6 +122,7 @@ def test_small_activations_show_every_epsilon():
     assert all(relative_error(1e-3 * x, y) > 1e-2 for x, y in zip(usual, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_exact_as_the_reference():
     """Mean error of an image's features against float32, weights rounded to bfloat16 first."""
     ratios = []

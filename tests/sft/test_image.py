@@ -172,6 +172,7 @@ def test_rows_count_by_their_weight_and_by_noise_level():
     assert total == pytest.approx(float(aux["error"][0])) != float(a)  # the bell is not in it
 
 
+@pytest.mark.slow
 def test_adapters_change_the_loss_and_have_gradients():
     nets, params = model()
     layout = Layout(8, (4, 4), ((2, 3),))

@@ -127,6 +127,7 @@ def merged(params, adapters):
     return tree.unflatten(flat)
 
 
+@pytest.mark.slow
 def test_adapters_of_both_halves():
     rows, static = batch(*PACKINGS["another order"])
     adapters = adapters_of(r"(layers|blocks|merger\w*)/.*kernel")
