@@ -28,10 +28,11 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(version=__version__, **values)
 
 
-def png_uri(picture: UInt8[np.ndarray, "y x 3"]) -> str:
+def png_uri(picture: UInt8[np.ndarray, "y x 3"] | Image.Image) -> str:
     """Return a picture as a data URI."""
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
+    whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    whole.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
