@@ -23,7 +23,7 @@ def get_config(variant: str = "auto") -> mlc.ConfigDict:
     if variant not in _SAMPLING:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_SAMPLING)}")
     c = mlc.ConfigDict(_SAMPLING[variant])
-    c.height = -1  # pixels, a multiple of 16; -1: of the first reference image, else 1024
+    c.height = -1  # pixels, a multiple of 16; -1: of the first reference, else of the weights
     c.width = -1
     c.text_tokens = -1  # -1: as the weights were trained, which is 512 for the released ones
     c.rounding = "none"  # of the noise level: none, bfl, diffusers
@@ -31,5 +31,19 @@ def get_config(variant: str = "auto") -> mlc.ConfigDict:
     c.batch = 4  # pictures made at once
     c.layers = "scan"  # scan: fast to compile; unrolled: reads weights where they lie
     c.attention = "auto"  # auto, reference, blocked, cudnn
+    c.loop = mlc.ConfigDict(
+        dict(  # of modes that ask a vision-language model; how it speaks: --vlm_config
+            generations=8,  # most pictures of a prompt
+            seconds=-1.0,  # of a prompt; -1: no limit, as for the next two
+            evaluations=-1,  # passes through the image network
+            tokens=-1,  # that the model writes
+            look=1,  # it sees every so many-th picture; 0: never
+            system="control",  # control: as trained; stock: for released weights; none; or a file
+            constrain="auto",  # turns under a grammar: always, never, auto: where it can be had
+            retries=3,  # of a step that failed
+            best_of=4,  # pictures of --mode=best_of
+            concurrency=8,  # prompts at once
+        )
+    )
     c.mesh = mlc.ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: the devices that are left
     return c

@@ -67,23 +67,13 @@ def main(argv) -> None:
 
 
 def _model(config):
+    if not _SERVER.value:
+        use_compile_cache()
+    from launch.drawing import models
+
     if _SERVER.value:
-        from clvr_jax.backends.remote import RemoteConfig, RemoteVlm
-
-        if not _NAME.value:
-            raise ValueError("--server needs the model's --name there")
-        return RemoteVlm(
-            RemoteConfig(
-                model=_NAME.value,
-                base_url=_SERVER.value,
-                key_env=_KEY.value,
-                sampling_extensions=True,
-            )
-        )
-    use_compile_cache()
-    from launch import build_vlm
-
-    return build_vlm.from_config(_WEIGHTS.value, config, _NAME.value)
+        return models.remote(_SERVER.value, _NAME.value, _KEY.value)
+    return models.vlm(_WEIGHTS.value, config, _NAME.value)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ def inspect_weights(source: str, transformer: str | None = None) -> Weights:
     return Weights(found, distilled, pattern, texts)
 
 
+def side(weights: Weights) -> int:
+    """Return the side of pictures that weights draw by default, in pixels."""
+    from clvr_jax.miniature.render import SIDE
+
+    return SIDE if weights.found.components["transformer"].variant == "miniature" else 1024
+
+
 def networks(weights: Weights, attention: str = "auto", layers: str = "scan") -> Networks:
     """Return the networks of a folder; the text encoder stops after the last layer klein reads.
 

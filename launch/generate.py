@@ -1,13 +1,17 @@
-"""Make pictures from prompts and reference images.
-
-Every run writes PNG files with prompt, seed, settings and weight fingerprint in their text, a
-grid where there are several, and settings.json.
+"""Make pictures from prompts and reference images, alone or directed by a vision-language model.
 
   python -m launch.generate --weights=FOLDER --prompt="a red cup on a table" --seeds=0,1
   python -m launch.generate --weights=FOLDER --prompt="make the cup blue" --image=cup.png
   python -m launch.generate --weights=FOLDER --prompt="..." --config=configs/generate.py:base
+  python -m launch.generate --weights=FOLDER --vlm=FOLDER --prompt="..."     # the closed loop
+
+`--mode=single` writes PNG files with prompt, seed, settings and weight fingerprint in their text,
+a grid where there are several, and settings.json. The other modes ask a model (`--vlm`, or one
+behind `--server`) and write a folder for every prompt, with its page: `loop` plans, draws, looks
+and edits; `best_of` has the best of several pictures chosen; `rewrite` has the prompt written out.
 """
 
+import dataclasses
 import datetime
 import json
 import re
@@ -20,7 +24,17 @@ from absl import app, flags
 from launch.runtime import config_flag, run, use_compile_cache
 
 _CONFIG = config_flag("generate.py")
-_MODE = flags.DEFINE_enum("mode", "single", ["single"], "single: one picture per prompt and seed")
+_VLM_CONFIG = config_flag("vlm.py", "vlm_config")
+_MODE = flags.DEFINE_enum(
+    "mode", None, ["single", "loop", "best_of", "rewrite"], "loop with a model to ask, else single"
+)
+_VLM = flags.DEFINE_string(
+    "vlm", None, "Qwen3-VL folder or hub id; teacher: the miniature's scripted one"
+)
+_SERVER = flags.DEFINE_string("server", None, "or the base URL of an OpenAI-compatible server")
+_NAME = flags.DEFINE_string("name", "", "the model's name there")
+_KEY = flags.DEFINE_string("key_env", None, "environment variable with the server's API key")
+_RESUME = flags.DEFINE_bool("resume", False, "go on with what is in --out (not --mode=single)")
 _WEIGHTS = flags.DEFINE_string(
     "weights", None, "diffusers folder, converted folder, or hub repository id", required=True
 )
@@ -40,17 +54,56 @@ def main(argv) -> None:
     """Check everything that can be checked, then load, compile and draw."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; prompts are given with --prompt")
-    start = time.perf_counter()
     prompts, seeds = _prompts(), _seeds()
     out = Path(_OUT.value or f"outputs/{datetime.datetime.now():%Y%m%d-%H%M%S}")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} exists and is not empty; choose another --out")
     for image in _IMAGE.value:
         if not Path(image).is_file():
             raise FileNotFoundError(f"reference image {image} does not exist")
+    asks = _VLM.value is not None or _SERVER.value is not None
+    mode = _MODE.value or ("loop" if asks else "single")
+    if mode == "single":
+        _single(prompts, seeds, out)
+    else:
+        _directed(mode, prompts, seeds, out)
+
+
+def _directed(mode: str, prompts: list[str], seeds: list[int], out: Path) -> None:
+    """Draw with a model to ask."""
+    if (_VLM.value is None) == (_SERVER.value is None):
+        raise ValueError(f"--mode={mode} asks a model: give either --vlm=FOLDER or --server=URL")
+    for flag, value in (("image", _IMAGE.value), ("lora", _LORA.value)):
+        if value:
+            raise ValueError(f"--{flag} is for --mode=single; merge LoRA files with conversion")
+    if _DRY_RUN.value:
+        raise ValueError("--dry_run is for --mode=single")
+    use_compile_cache()
+    from launch.drawing import command
+
+    command.draw(
+        mode,
+        prompts,
+        seeds,
+        out,
+        command.Sources(
+            _WEIGHTS.value, _TRANSFORMER.value, _VLM.value, _SERVER.value, _NAME.value, _KEY.value
+        ),
+        _CONFIG.value,
+        _VLM_CONFIG.value,
+        _RESUME.value,
+    )
+
+
+def _single(prompts: list[str], seeds: list[int], out: Path) -> None:
+    """Draw without any other model."""
+    start = time.perf_counter()
+    if _RESUME.value:
+        raise ValueError("--resume is for modes that ask a model; choose another --out")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} exists and is not empty; choose another --out")
     cache = use_compile_cache()
     from clvr_jax.generate import image as generation
     from launch import build, pictures
+    from launch.drawing.folder import slug
 
     weights = build.inspect_weights(_WEIGHTS.value, _TRANSFORMER.value)
     config = _CONFIG.value
@@ -94,7 +147,7 @@ def main(argv) -> None:
             images = generation.generate(model, batch.prompts, references, batch.seeds, settings)
             spent = time.perf_counter() - began
             for image, prompt, seed in pictures.flat(images, batch):
-                file = out / f"{len(files):04d}-{_slug(prompt)}-{seed}.png"
+                file = out / f"{len(files):04d}-{slug(prompt)}-{seed}.png"
                 pictures.write_png(file, image, {"prompt": prompt, "seed": seed, **metadata})
                 files.append(file)
                 sheet.append(image)
@@ -111,22 +164,22 @@ def main(argv) -> None:
 
 def _settings(config, weights, prompts: list[str], references: list[tuple[int, int]]):
     from clvr_jax.diffusion.schedule import ROUNDINGS
-    from clvr_jax.generate.image import Settings
     from clvr_jax.generate.prompt import TEXT_BUCKETS
+    from launch.drawing.models import settings_of
 
-    auto = {"steps": 4, "guidance": 1.0} if weights.distilled else {"steps": 28, "guidance": 4.0}
-    height, width = references[0] if references else (1024, 1024)
-    settings = Settings(
-        height=height if config.height == -1 else config.height,
-        width=width if config.width == -1 else config.width,
-        steps=auto["steps"] if config.steps == -1 else config.steps,
-        guidance=auto["guidance"] if config.guidance == -1.0 else config.guidance,
+    settings = dataclasses.replace(
+        settings_of(weights, config),
         text_tokens=_text_tokens(weights, prompts)
         if config.text_tokens == -1
         else config.text_tokens,
-        pattern=weights.pattern if config.pattern == "auto" else config.pattern,
-        rounding=config.rounding,
     )
+    if references:
+        height, width = references[0]
+        settings = dataclasses.replace(
+            settings,
+            height=height if config.height == -1 else config.height,
+            width=width if config.width == -1 else config.width,
+        )
     known = sorted({*TEXT_BUCKETS, *weights.texts})
     if settings.text_tokens not in known:
         raise ValueError(
@@ -134,11 +187,8 @@ def _settings(config, weights, prompts: list[str], references: list[tuple[int, i
         )
     if settings.rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {settings.rounding!r}; choose from {ROUNDINGS}")
-    if settings.steps < 1 or settings.guidance < 1.0 or config.batch < 1:
-        raise ValueError(
-            f"steps {settings.steps}, guidance {settings.guidance} and batch {config.batch} must "
-            "each be at least 1 (guidance 1 means none)"
-        )
+    if config.batch < 1:
+        raise ValueError(f"batch is {config.batch}; it must be at least 1")
     if references and settings.pattern != weights.pattern:
         print(
             f"note: these weights were trained with the {weights.pattern!r} attention pattern, not "
@@ -188,10 +238,6 @@ def _loras() -> list[tuple[str, float]]:
         match = re.fullmatch(r"(.+?)(?::(-?\d+(?:\.\d+)?))?", text)
         loras.append((match[1], float(match[2] or 1.0)))
     return loras
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "empty"
 
 
 if __name__ == "__main__":

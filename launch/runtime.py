@@ -24,8 +24,8 @@ def use_compile_cache() -> Path:
     return path
 
 
-def config_flag(file: str) -> Any:
-    """Define --config with a file in configs/ as its default.
+def config_flag(file: str, name: str = "config") -> Any:
+    """Define --config, or another name, with a file in configs/ as its default.
 
     An unknown key, type or variant is one line that names the nearest key, not a trace.
     """
@@ -33,10 +33,10 @@ def config_flag(file: str) -> Any:
 
     default = Path(__file__).parents[1] / "configs" / file
     try:
-        return config_flags.DEFINE_config_file("config", str(default), "FILE.py[:variant]")
+        return config_flags.DEFINE_config_file(name, str(default), "FILE.py[:variant]")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = str(error).replace("\\n", "\n").replace("\\'", "'").strip("\"'")
-        print("error: --config:", " ".join(text.split()), file=sys.stderr)
+        print(f"error: --{name}:", " ".join(text.split()), file=sys.stderr)
         sys.exit(1)
 
 

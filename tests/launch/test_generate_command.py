@@ -89,6 +89,10 @@ def test_dry_run_prints_sizes_and_writes_nothing(weights, tmp_path):
         (["--prompt=x", "--config.text_tokens=700"], "choose from 512, 1024, 2048"),
         (["--prompt=x", "--seeds=-1"], "give numbers from 0"),
         ([], "no prompt was given"),
+        (["--prompt=x", "--mode=loop"], "give either --vlm=FOLDER or --server=URL"),
+        (["--prompt=x", "--vlm=teacher", "--image=README.md"], "--image is for --mode=single"),
+        (["--prompt=x", "--vlm=teacher", "--config.loop.generations=0"], "must be above 0"),
+        (["--prompt=x", "--resume"], "--resume is for modes that ask a model"),
     ],
 )
 def test_bad_flags_are_one_line_and_leave_nothing(weights, tmp_path, flags, message):
@@ -124,3 +128,32 @@ def test_a_picture_that_fails_to_write_leaves_no_file(tmp_path):
     with pytest.raises(TypeError):
         pictures.write_png(tmp_path / "a.png", np.zeros((2, 2, 3), np.float64), {})
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_loop_draws_shows_and_goes_on(tmp_path):
+    """The shipped klein, directed by the scripted teacher."""
+    out = tmp_path / "out"
+    flags = [
+        *("--weights=miniature", "--vlm=teacher", "--prompt=a red circle", f"--out={out}"),
+        *("--prompt=three blue stars", "--config.steps=2", "--config.loop.generations=2"),
+    ]
+    done = command(*flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "index.html")
+    names = ["0000-a-red-circle-0", "0001-three-blue-stars-0"]
+    assert all((out / name / "index.html").exists() for name in names)
+    assert "2/2 " in done.stderr
+    trajectory = json.loads((out / names[1] / "trajectory.json").read_text())
+    assert trajectory["outcome"] in ("stopped", "generations") and len(trajectory["steps"]) <= 2
+    with Image.open(out / names[1] / "1.png") as picture:
+        assert picture.size == (64, 64), "the weights say how large their pictures are"
+    assert "--resume" in command(*flags).stderr
+    again = command(*flags, "--resume")
+    assert again.returncode == 0 and "2/2" not in again.stderr
+    for mode in ("best_of", "rewrite"):
+        other = f"--out={tmp_path / mode}"
+        done = command(*flags[:3], f"--mode={mode}", "--config.steps=2", other)
+        assert done.returncode == 0, done.stderr
+    best = json.loads((tmp_path / "best_of" / names[0] / "trajectory.json").read_text())
+    assert len(best["steps"]) == 4

@@ -1,0 +1,87 @@
+"""Many tasks at once: each in a thread of its own, their model calls batched by the backends."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.closed_loop import Result, Task
+from clvr_jax.closed_loop.events import OnEvent
+from launch.drawing import folder
+from launch.pictures import write_text
+
+SETTINGS = "settings.json"
+Work = Callable[[Task, OnEvent], Result]
+
+
+def check(out: Path, tasks: Sequence[Task], settings: Mapping[str, Any], resume: bool) -> None:
+    """Decide whether tasks may be drawn, or gone on with, in a folder. Nothing is written.
+
+    Raises:
+      FileExistsError: it holds something and `resume` is not given.
+      ValueError: what it holds was drawn with other settings, or of other prompts.
+    """
+    held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
+    if held and not resume:
+        raise FileExistsError(
+            f"{out} exists and holds {', '.join(held[:3])}{' ...' * (len(held) > 3)}; --resume "
+            "goes on with it, or choose another --out"
+        )
+    file = out / SETTINGS
+    if held and not file.exists():
+        raise FileExistsError(f"{out} is not empty and holds no drawings; choose another --out")
+    if file.exists():
+        known, given = json.loads(file.read_text()), json.loads(json.dumps(dict(settings)))
+        other = sorted(key for key in {*known, *given} if known.get(key) != given.get(key))
+        if other:
+            lines = [f"{key}: {known.get(key)!r} there, {given.get(key)!r} given" for key in other]
+            raise ValueError(f"{out} was drawn with other settings:\n" + "\n".join(lines))
+    for task in tasks:
+        folder.finished(out, task)
+
+
+def draw(
+    work: Work,
+    tasks: Sequence[Task],
+    out: Path,
+    settings: Mapping[str, Any],
+    title: str,
+    concurrency: int,
+    on_event: OnEvent,
+) -> tuple[list[Result], Path]:
+    """Draw all tasks that are not done yet, and write what comes of them as it comes.
+
+    A task that failed has a folder that says why; it is drawn again when the run is gone on with.
+
+    Args:
+      work: draws one; called in several threads.
+      tasks: all of them.
+      out: folder of all.
+      settings: what must be the same to go on with the run; also told on every page.
+      title: of the index.
+      concurrency: tasks at once.
+      on_event: told what happens, in several threads.
+
+    Returns:
+      What came of those that were drawn now, in the order of the tasks; and the page to look at.
+    """
+    write_text(out / SETTINGS, json.dumps(dict(settings), indent=2) + "\n")
+    left = [task for task in tasks if not folder.finished(out, task)]
+    results: dict[str, Result] = {}
+    page = out / folder.PAGE
+    with ThreadPoolExecutor(concurrency, thread_name_prefix="task") as threads:
+        waiting = [threads.submit(work, task, on_event) for task in left]
+        try:
+            for future in as_completed(waiting):
+                result = future.result()
+                results[result.task.id] = result
+                page = folder.write(out, result, settings)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+    if len(tasks) > 1:
+        page = folder.write_index(out, title, tasks, settings)
+    elif not left:
+        page = out / tasks[0].id / folder.PAGE
+    return [results[task.id] for task in left], page
