@@ -1,13 +1,16 @@
 """Evaluate weights on a benchmark: pass rates with intervals, and a page of pictures.
 
 python -m launch.evaluate miniature --weights=FOLDER --split=test [--vlm=FOLDER]
+python -m launch.evaluate prompts --split=test > test.txt         # for launch.generate
+python -m launch.evaluate drawings --arm=loop=FOLDER --arm=single=FOLDER --against=loop
 
-Writes results.json (every number, every verdict) and index.html (a contact sheet to open in a
-browser) into a folder.
+Writes results.json (every number, every verdict) and index.html (tables and pictures to open in a
+browser) into a folder; `prompts` prints.
 """
 
 import argparse
 import datetime
+import json
 import sys
 from pathlib import Path
 
@@ -29,11 +32,24 @@ def main(argv: list[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     )
+    some = benchmarks.add_parser("prompts", help="print the prompts of a split, a line each")
+    some.add_argument("--split", default="test", choices=("test", "dev", "held_out"))
+    some.add_argument("--count", type=int, default=0, help="of each kind; 0: all")
+    ways = benchmarks.add_parser(
+        "drawings", help="folders of launch.generate compared, prompt by prompt"
+    )
+    ways.add_argument(
+        "--arm", action="append", default=[], metavar="NAME=FOLDER", help="may be repeated"
+    )
+    ways.add_argument("--against", help="arm that others are compared with (the first)")
+    ways.add_argument("--out", help="folder to write (outputs/drawings-DATE-TIME if not given)")
+    ways.add_argument("--overwrite", action="store_true", help="replace the results in --out")
     options = parser.parse_args(argv)
     from launch.runtime import readable_errors
 
     with readable_errors():
-        return {"miniature": _miniature}[options.benchmark](options)
+        commands = {"miniature": _miniature, "prompts": _prompts, "drawings": _drawings}
+        return commands[options.benchmark](options)
 
 
 def _miniature_options(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +125,45 @@ def _miniature(options: argparse.Namespace) -> int:
     view.write(out / FILES[0], about, evaluation)
     page.write(out / FILES[1], about, evaluation)
     print(out / FILES[1])
+    return 0
+
+
+def _prompts(options: argparse.Namespace) -> int:
+    from clvr_jax.miniature.held_out import Split
+    from launch.evaluation import miniature
+
+    for _, prompt in miniature.chosen(Split(options.split), options.count):
+        print(prompt.text)
+    return 0
+
+
+def _drawings(options: argparse.Namespace) -> int:
+    named = [arm.partition("=") for arm in options.arm]
+    bad = [name for name, _, folder in named if not name or not folder]
+    if bad or not named or len({name for name, _, _ in named}) < len(named):
+        raise ValueError(
+            f"--arm={' --arm='.join(options.arm) or '...'}: give one NAME=FOLDER for each way, "
+            "every name once"
+        )
+    out = Path(options.out or f"outputs/drawings-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    check_out(out, options.overwrite)
+    from launch.bench import machine
+    from launch.drawing.run import SETTINGS
+    from launch.evaluation import drawings, drawings_view
+    from launch.runtime import use_compile_cache
+
+    use_compile_cache()
+    arms = {name: drawings.read(Path(folder)) for name, _, folder in named}
+    report = drawings.compare(arms, options.against or named[0][0])
+    about = {
+        "benchmark": "drawings",
+        "arms_drawn_with": {
+            name: json.loads((Path(folder) / SETTINGS).read_text()) for name, _, folder in named
+        },
+        "environment": machine.environment("launch.evaluate"),
+    }
+    drawings_view.show(report)
+    print(drawings_view.write(out, about, report))
     return 0
 
 

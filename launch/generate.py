@@ -8,7 +8,8 @@
 `--mode=single` writes PNG files with prompt, seed, settings and weight fingerprint in their text,
 a grid where there are several, and settings.json. The other modes ask a model (`--vlm`, or one
 behind `--server`) and write a folder for every prompt, with its page: `loop` plans, draws, looks
-and edits; `best_of` has the best of several pictures chosen; `rewrite` has the prompt written out.
+and edits; `best_of` has the best of several pictures chosen; `rewrite` has the prompt written out;
+`one_shot` asks nobody, to be compared with them.
 """
 
 import dataclasses
@@ -26,7 +27,10 @@ from launch.runtime import config_flag, run, use_compile_cache
 _CONFIG = config_flag("generate.py")
 _VLM_CONFIG = config_flag("vlm.py", "vlm_config")
 _MODE = flags.DEFINE_enum(
-    "mode", None, ["single", "loop", "best_of", "rewrite"], "loop with a model to ask, else single"
+    "mode",
+    None,
+    ["single", "loop", "best_of", "rewrite", "one_shot"],
+    "loop with a model to ask, else single",
 )
 _VLM = flags.DEFINE_string(
     "vlm", None, "Qwen3-VL folder or hub id; teacher: the miniature's scripted one"
@@ -69,7 +73,7 @@ def main(argv) -> None:
 
 def _directed(mode: str, prompts: list[str], seeds: list[int], out: Path) -> None:
     """Draw with a model to ask."""
-    if (_VLM.value is None) == (_SERVER.value is None):
+    if mode != "one_shot" and (_VLM.value is None) == (_SERVER.value is None):
         raise ValueError(f"--mode={mode} asks a model: give either --vlm=FOLDER or --server=URL")
     for flag, value in (("image", _IMAGE.value), ("lora", _LORA.value)):
         if value:

@@ -11,7 +11,7 @@ from clvr_jax.backends.local import LocalVlm
 from clvr_jax.backends.protocol import Options, Vlm
 from clvr_jax.backends.requests import CONTROL
 from clvr_jax.closed_loop import Budget, Loop
-from clvr_jax.closed_loop.baselines import BestOf, Rewrite
+from clvr_jax.closed_loop.baselines import BestOf, Rewrite, Single
 from clvr_jax.data.conditioning import Policy
 from launch import build
 from launch.drawing import folder, models
@@ -46,7 +46,7 @@ def draw(
     """Check what can be checked, load both models, draw every prompt with every seed.
 
     Args:
-      mode: loop, best_of or rewrite.
+      mode: loop, best_of, rewrite or one_shot.
       prompts, seeds: each with each.
       out: folder of all.
       sources: of the models.
@@ -66,17 +66,19 @@ def draw(
     settings = {
         "mode": mode,
         "weights": build.weight_fingerprint(weights),
-        "vlm": sources.vlm or f"{sources.name} at {sources.server}",
+        "vlm": sources.vlm or (f"{sources.name} at {sources.server}" if sources.server else None),
         "config": config.to_dict() | {"mesh": None},
         "vlm_config": vlm_config.to_dict() | {"mesh": None},
     }
     check(out, tasks, settings, resume)
+    vlm = None
     if sources.server:
         vlm = models.remote(sources.server, sources.name, sources.key_env)
-    else:
+    elif sources.vlm:
         vlm = models.vlm(sources.vlm, vlm_config)
     images = models.images(weights, config, Path(sources.weights).name)
-    say(f"{weights.found.kind} and {vlm.name}: loaded in {time.perf_counter() - start:.1f} s")
+    names = " and ".join([images.name, *([vlm.name] if vlm else [])])
+    say(f"{names}: loaded in {time.perf_counter() - start:.1f} s")
     work = worker(mode, vlm, images, policy, budget, system, config, options_of(vlm_config))
     try:
         results, page = draw_all(
@@ -90,7 +92,8 @@ def draw(
         )
     finally:
         images.close()
-        vlm.close()
+        if vlm:
+            vlm.close()
     print(page)
     failed = [result.task.id for result in results if result.error]
     if failed:
@@ -100,19 +103,21 @@ def draw(
 
 def worker(
     mode: str,
-    vlm: Vlm,
+    vlm: Vlm | None,
     images: ImageGenerator,
     policy: Policy,
     budget: Budget,
     system: str | None,
     config: Any,
     options: Options,
-) -> Loop | BestOf | Rewrite:
+) -> Loop | BestOf | Rewrite | Single:
     """Return what draws in a mode.
 
     Raises:
       ValueError: constrain is unknown.
     """
+    if mode == "one_shot":
+        return Single(images)
     if mode == "best_of":
         return BestOf(images, vlm, config.loop.best_of, options)
     if mode == "rewrite":

@@ -77,7 +77,7 @@ def write(out: Path, result: Result, about: Mapping[str, Any]) -> Path:
             "goal": result.task.goal,
             "seed": result.task.seed,
             "outcome": trajectory.outcome if trajectory else "failed",
-            "final": trajectory.final if trajectory else None,
+            "final": (trajectory.final or len(trajectory.steps)) if trajectory else None,
             "error": result.error,
             **spent._replace(seconds=round(spent.seconds, 3))._asdict(),
             "about": dict(about),

@@ -140,7 +140,7 @@ def _spread(listed: Sequence[Any], most: int) -> list[Any]:
 
 def draw_prompts(parts: Parts, plan: Plan) -> Drawn:
     """Draw the prompts of a split, a picture each, and judge them."""
-    numbered = _chosen(prompts(plan.split), plan.count)
+    numbered = chosen(plan.split, plan.count)
     asked = [prompt for _, prompt in numbered]
     jobs = [Job(prompt.text, number + plan.seed) for number, prompt in numbered]
     pictures, speed = _draw(parts, plan, jobs, "prompts")
@@ -238,9 +238,9 @@ def vae_ceiling(parts: Parts, plan: Plan) -> Ceiling:
     return Ceiling(report, before, after, exact)
 
 
-def _chosen(listed: tuple[Prompt, ...], count: int) -> list[tuple[int, Prompt]]:
-    """The first prompts of each kind with their numbers in the list."""
-    numbered = list(enumerate(listed))
+def chosen(split: Split, count: int) -> list[tuple[int, Prompt]]:
+    """Return the first `count` prompts of each kind, 0 for all, with their numbers in the split."""
+    numbered = list(enumerate(prompts(split)))
     of = lambda kind: [(i, prompt) for i, prompt in numbered if prompt.kind == kind]
     return [each for kind in KINDS for each in of(kind)[: count or None]]
 

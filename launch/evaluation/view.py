@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clvr_jax.statistics import Rate
+from clvr_jax.statistics import Difference, Rate
 from launch.evaluation.miniature import Evaluation
 from launch.pictures import write_text
 
@@ -28,7 +28,7 @@ def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
         "vae": evaluation.ceiling and evaluation.ceiling.report,
         "reading": evaluation.reading,
     }
-    write_text(file, json.dumps({**about, **_plain(parts)}, indent=1) + "\n")
+    write_text(file, json.dumps({**about, **plain(parts)}, indent=1) + "\n")
 
 
 def show(evaluation: Evaluation, console: Console | None = None) -> None:
@@ -118,10 +118,12 @@ def _table(title: str, fields: tuple[str, ...], rows: Sequence[tuple[str, list[R
     return table
 
 
-def _plain(value: Any) -> Any:
-    """Rates as objects, for JSON."""
+def plain(value: Any) -> Any:
+    """Return a report for JSON: rates and differences as objects."""
     if isinstance(value, Rate):
         return value.as_dict()
+    if isinstance(value, Difference):
+        return value._asdict()
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value
