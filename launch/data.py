@@ -8,6 +8,7 @@ schema or in ShareGPT.
   python -m launch.data inspect data/train.jsonl --step=2 --policy=text=instruction
   python -m launch.data stats data
   python -m launch.data convert data/train.jsonl data/train.array_record
+  python -m launch.data prune outputs/drawings data/train.jsonl --vlm=FOLDER
 """
 
 import argparse
@@ -62,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--copy_images", action="store_true", help="JSONL: write image files beside it too")
     add("--paths", action="store_true", help="ArrayRecord: name image files, do not pack them")
+    add = _verb(verbs, "prune", "keep what ended well, without steps that led nowhere", _prune)
+    add("target", metavar="TARGET", type=Path, help="to create: NAME.jsonl, images beside it")
+    add("--vlm", help="model that tells the stories anew; teacher: the miniature's scripted one")
+    add("--max_steps", type=int, default=8, help="leave out what is longer (default: 8)")
     return parser
 
 
@@ -137,6 +142,25 @@ def _convert(options: argparse.Namespace) -> int:
                 options.target, trajectories, options.to, embed=not options.paths
             )
     print(f"wrote {count} records to {options.target}")
+    return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    from clvr_jax.data.sources import open_source
+    from clvr_jax.data.writers import write_jsonl
+    from launch.data_prune import Pruned, teller
+    from launch.data_show import counted
+
+    if options.target.suffix.lower() != ".jsonl":
+        raise ValueError(f"{options.target}: the name must end in .jsonl")
+    path = Path(options.path)
+    if (path / "trajectories.jsonl").exists():  # of launch.generate
+        path /= "trajectories.jsonl"
+    source = open_source(path, options.split)
+    with teller(options.vlm) as tell, counted(source, "pruning") as trajectories:
+        kept = Pruned(trajectories, options.max_steps, tell)
+        count = write_jsonl(options.target, kept, copy_images=True)
+    print(f"wrote {count} records to {options.target}; {kept.summary()}")
     return 0
 
 

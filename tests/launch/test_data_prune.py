@@ -1,0 +1,84 @@
+"""Drawings made into training data: what is left out, and who tells the stories."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from clvr_jax.backends.protocol import Options
+from clvr_jax.closed_loop import Budget, Loop
+from clvr_jax.closed_loop.story import narrate
+from clvr_jax.data.conditioning import Policy
+from clvr_jax.data.sources import open_source
+from clvr_jax.data.trajectory import Action, Step, Trajectory
+from clvr_jax.miniature.pictures import Picture, rendered
+from clvr_jax.miniature.scene import Scene, Thing
+from launch import data
+from launch.drawing import folder, run
+from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """One that went back, one that ran out of pictures, one that is long."""
+    script = (GENERATE, edit(1), edit(1), STOP, *[GENERATE, edit(1), edit(2), edit(3)] * 2, STOP)
+    vlm = Vlm(*script[:4], *script[4:8], edit(4), *script[8:])
+    policy = Policy(text="instruction", references="chosen")
+    work = Loop(vlm, Images(), policy, Budget(generations=4), pause=0.0).run
+    tasks = folder.tasks(["back", "spent", "long"], [0])
+    run.draw(work, tasks, tmp_path / "out", {}, "x", 1, lambda event: None)
+    return tmp_path / "out"
+
+
+def test_what_ended_well_is_kept_without_what_led_nowhere(drawn, tmp_path, capsys):
+    target = tmp_path / "data" / "train.jsonl"
+    target.parent.mkdir()
+    assert data.main(["prune", str(drawn), str(target)]) == 0
+    assert capsys.readouterr().out.strip() == (
+        f"wrote 2 records to {target}; left out 1 steps that led nowhere and 1 ended by "
+        "generations trajectories"
+    )
+    source = open_source(target)
+    back, long = source[0], source[1]
+    assert (back.goal, len(back.steps), long.goal, len(long.steps)) == ("back", 2, "long", 4)
+    assert data.main(["validate", str(target), "--min_side=8"]) == 0
+    assert data.main(["prune", str(drawn), str(tmp_path / "b.jsonl"), "--max_steps=2"]) == 0
+    assert "1 longer than 2 steps" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        data.main(["prune", str(drawn), str(tmp_path / "c.txt")])
+    assert "must end in .jsonl" in capsys.readouterr().err
+
+
+def test_a_story_is_told_by_a_model(drawn):
+    made = open_source(drawn / "trajectories.jsonl")[2]
+    vlm = Vlm("one\n\n two\nthree\nfour\nend\n", "one\ntwo")
+    told = narrate(vlm, made, [], Options(max_tokens=64))
+    assert told == ["one", "two", "three", "four", "end"]
+    asked = vlm.sessions[0][0][0][0].text
+    assert made.steps[1].action.line() in asked and made.steps[1].reasoning not in asked
+    with pytest.raises(ValueError, match="a line each and one for the end, got 2"):
+        narrate(vlm, made, [], Options(max_tokens=64))
+
+
+@pytest.mark.slow
+def test_the_teacher_tells_what_it_sees(tmp_path):
+    one, two = Thing(0, "circle", "red", "large"), Thing(5, "star", "blue", "large")
+    shown = rendered([Picture(Scene(s).codes(), 7) for s in ((one,), (one, two))], 2)
+    steps = (
+        Step(reasoning="x", action=Action(kind="generate", prompt="a red circle"), image="1.png"),
+        Step(
+            reasoning="y",
+            action=Action(kind="edit", prompt="add a blue star", references=(1,)),
+            image="2.png",
+        ),
+    )
+    for number, picture in enumerate(shown, 1):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    goal = "a red circle and a blue star"
+    made = Trajectory(id="x", goal=goal, steps=steps, closing="z", outcome="stopped")
+    (tmp_path / "trajectories.jsonl").write_text(json.dumps(made.record()) + "\n")
+    target = tmp_path / "told.jsonl"
+    assert data.main(["prune", str(tmp_path), str(target), "--vlm=teacher"]) == 0
+    told = open_source(target)[0]
+    assert "red circle" in told.steps[1].reasoning and len(told.closing) > 10
+    assert [step.action for step in told.steps] == [step.action for step in steps]
