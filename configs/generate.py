@@ -45,5 +45,6 @@ def get_config(variant: str = "auto") -> mlc.ConfigDict:
             concurrency=8,  # prompts at once
         )
     )
+    c.devices = ()  # their numbers; (): all that there are
     c.mesh = mlc.ConfigDict(dict(data=1, fsdp=-1, tensor=1))  # -1: the devices that are left
     return c

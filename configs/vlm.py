@@ -29,5 +29,6 @@ def get_config(variant: str = "instruct") -> mlc.ConfigDict:
     c.max_rows = 16  # turns generated at once, a power of two
     c.attention = "auto"  # auto, reference, blocked, cudnn
     c.template = mlc.ConfigDict(dict(enable_thinking=False))  # names for the chat template
+    c.devices = ()  # their numbers; (): all that there are
     c.mesh = mlc.ConfigDict(dict(data=1, fsdp=1, tensor=-1))  # -1: the devices that are left
     return c

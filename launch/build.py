@@ -127,11 +127,24 @@ def abstract(nets: Networks, dtype: Any) -> dict[str, Params]:
     }
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
-    """Return the mesh of a config, or None on a single device."""
-    if len(jax.devices()) == 1:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[int] = ()) -> Mesh | None:
+    """Return the mesh of a config, or None on a single device.
+
+    Args:
+      sizes: of its axes.
+      devices: numbers of its devices; empty for all.
+
+    Raises:
+      ValueError: there is no such device, or the sizes do not multiply to the number of devices.
+    """
+    present = jax.devices()
+    missing = [number for number in devices if not 0 <= number < len(present)]
+    if missing:
+        raise ValueError(f"devices are {list(devices)}; there are {len(present)}, numbered from 0")
+    chosen = [present[number] for number in devices] or present
+    if chosen == present[:1]:
         return None
-    return parallel.make_mesh(dict(sizes))
+    return parallel.make_mesh(dict(sizes), chosen)
 
 
 def load_image_model(

@@ -111,8 +111,14 @@ def load_vlm(
     )
 
 
-def from_config(source: str, config: Any, name: str = "") -> LocalVlm:
+def from_config(source: str, config: Any, name: str = "", cache: int | None = None) -> LocalVlm:
     """Return the model at a path or hub id under a config of configs/vlm.py.
+
+    Args:
+      source: folder or hub id.
+      config: how it is kept.
+      name: what it is called; by default its folder.
+      cache: bytes of all keys and values; None for what the config says.
 
     Raises:
       FileNotFoundError, ValueError: nothing is there, it is no such model, or it does not fit.
@@ -120,12 +126,12 @@ def from_config(source: str, config: Any, name: str = "") -> LocalVlm:
     return load_vlm(
         find(source),
         dtype=build.resolve_dtype(config.dtype),
-        mesh=build.make_mesh(config.mesh),
+        mesh=build.make_mesh(config.mesh, config.devices),
         attention=config.attention,
         name=name,
         template_options=dict(config.template),
         context=config.context,
-        cache_bytes=int(config.cache_gib * 2**30) if config.cache_gib > 0 else None,
+        cache_bytes=int(config.cache_gib * 2**30) if config.cache_gib > 0 else cache,
         max_rows=config.max_rows,
     )
 
@@ -134,7 +140,7 @@ def describe(source: str, config: Any) -> None:
     """Print parameters, bytes per device and what a conversation costs, without reading tensors."""
     component = find(source)
     cfg, dtype = component.config, jnp.dtype(build.resolve_dtype(config.dtype))
-    mesh = build.make_mesh(config.mesh)
+    mesh = build.make_mesh(config.mesh, config.devices)
     total = build.describe_tree("vlm", abstract(cfg, dtype), mesh)
     print(f"weights: {total / 2**30:.2f} GiB per device")
     token = token_bytes(_text(cfg), dtype.itemsize)

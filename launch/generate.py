@@ -51,6 +51,9 @@ _PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "text file with one pr
 _IMAGE = flags.DEFINE_multi_string("image", [], "reference image; may be repeated, order counts")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "one picture per seed and prompt: 0,1,2")
 _OUT = flags.DEFINE_string("out", None, "folder for the pictures (default: outputs/DATE-TIME)")
+_TARGET = flags.DEFINE_string(
+    "target", "here", "with --dry_run: a machine that need not be there, e.g. h200x1, v6e-8"
+)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "print sizes, memory and sharding, then stop")
 
 
@@ -78,8 +81,6 @@ def _directed(mode: str, prompts: list[str], seeds: list[int], out: Path) -> Non
     for flag, value in (("image", _IMAGE.value), ("lora", _LORA.value)):
         if value:
             raise ValueError(f"--{flag} is for --mode=single; merge LoRA files with conversion")
-    if _DRY_RUN.value:
-        raise ValueError("--dry_run is for --mode=single")
     use_compile_cache()
     from launch.drawing import command
 
@@ -94,6 +95,8 @@ def _directed(mode: str, prompts: list[str], seeds: list[int], out: Path) -> Non
         _CONFIG.value,
         _VLM_CONFIG.value,
         _RESUME.value,
+        _DRY_RUN.value,
+        _TARGET.value,
     )
 
 
@@ -116,7 +119,7 @@ def _single(prompts: list[str], seeds: list[int], out: Path) -> None:
     references = pictures.read_references(_IMAGE.value, nets.vae.cfg.factor)
     settings = _settings(config, weights, prompts, [image.shape[:2] for image in references])
     layout = generation.layout_of(nets, settings, [image.shape[:2] for image in references])
-    mesh = build.make_mesh(config.mesh)
+    mesh = build.make_mesh(config.mesh, config.devices)
     if _DRY_RUN.value:
         build.describe(nets, layout, dtype, mesh)
         return

@@ -13,11 +13,12 @@ from clvr_jax.backends.requests import CONTROL
 from clvr_jax.closed_loop import Budget, Loop
 from clvr_jax.closed_loop.baselines import BestOf, Rewrite, Single
 from clvr_jax.data.conditioning import Policy
-from launch import build
-from launch.drawing import folder, models
+from launch import build, build_vlm
+from launch.drawing import folder, models, placement
 from launch.drawing.run import check
 from launch.drawing.run import draw as draw_all
 from launch.drawing.show import Show
+from launch.plan import targets
 
 _STOCK = Path(clvr_jax.__file__).parent / "closed_loop" / "stock.txt"
 
@@ -42,6 +43,8 @@ def draw(
     config: Any,
     vlm_config: Any,
     resume: bool,
+    dry_run: bool,
+    target: str,
 ) -> None:
     """Check what can be checked, load both models, draw every prompt with every seed.
 
@@ -53,6 +56,8 @@ def draw(
       config: of configs/generate.py.
       vlm_config: of configs/vlm.py.
       resume: go on with what is in `out`.
+      dry_run: print what the models take of `target`, and stop.
+      target: name of a machine, for `dry_run`; otherwise it is this one.
 
     Raises:
       ValueError, OSError: something is not as it must be.
@@ -61,8 +66,24 @@ def draw(
     start = time.perf_counter()
     say = lambda text: print(text, file=sys.stderr, flush=True)
     tasks = folder.tasks(prompts, seeds)
-    weights = build.inspect_weights(sources.weights, sources.transformer)
+    sized = placement.sized(sources.weights) if dry_run else None
+    weights = sized or build.inspect_weights(sources.weights, sources.transformer)
     policy, budget, system = models.policy_of(weights), budget_of(config), system_of(config)
+    local = sources.vlm and sources.vlm != models.TEACHER
+    found = placement.place(
+        weights,
+        (dry_run and placement.sized_vlm(sources.vlm)) or build_vlm.find(sources.vlm)
+        if local
+        else None,
+        models.settings_of(weights, config),
+        config,
+        vlm_config,
+        targets.parse(target if dry_run else targets.HERE),
+    )
+    if dry_run:
+        print(found.table())
+        found.require()
+        return
     settings = {
         "mode": mode,
         "weights": build.weight_fingerprint(weights),
@@ -71,11 +92,13 @@ def draw(
         "vlm_config": vlm_config.to_dict() | {"mesh": None},
     }
     check(out, tasks, settings, resume)
+    found.require()
+    say(found.table())
     vlm = None
     if sources.server:
         vlm = models.remote(sources.server, sources.name, sources.key_env)
     elif sources.vlm:
-        vlm = models.vlm(sources.vlm, vlm_config)
+        vlm = models.vlm(sources.vlm, vlm_config, cache=found.cache)
     images = models.images(weights, config, Path(sources.weights).name)
     names = " and ".join([images.name, *([vlm.name] if vlm else [])])
     say(f"{names}: loaded in {time.perf_counter() - start:.1f} s")

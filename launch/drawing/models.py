@@ -54,7 +54,7 @@ def images(weights: build.Weights, config: Any, name: str) -> LocalImages:
       config: of configs/generate.py.
       name: what it is called.
     """
-    settings, mesh = settings_of(weights, config), build.make_mesh(config.mesh)
+    settings, mesh = settings_of(weights, config), build.make_mesh(config.mesh, config.devices)
     texts = weights.texts if config.text_tokens == -1 else (config.text_tokens,)
     model = build.load_image_model(
         weights,
@@ -66,13 +66,14 @@ def images(weights: build.Weights, config: Any, name: str) -> LocalImages:
     return LocalImages(name, model, settings, texts, batch=config.batch, mesh=mesh)
 
 
-def vlm(source: str, config: Any, name: str = "") -> Vlm:
+def vlm(source: str, config: Any, name: str = "", cache: int | None = None) -> Vlm:
     """Return the vision-language model at a path or hub id, or the scripted teacher.
 
     Args:
       source: a folder, a hub id, a shipped name, or `TEACHER`.
       config: of configs/vlm.py.
       name: what it is called.
+      cache: bytes of all its keys and values; None for what the config says.
     """
     if source == TEACHER:
         from clvr_jax.miniature import detect
@@ -82,7 +83,7 @@ def vlm(source: str, config: Any, name: str = "") -> Vlm:
         return Teacher(0, Ways(), detect.detect)
     from launch import build_vlm
 
-    return build_vlm.from_config(source, config, name)
+    return build_vlm.from_config(source, config, name, cache)
 
 
 def remote(url: str, name: str, key_env: str | None) -> Vlm:

@@ -17,6 +17,8 @@ _CHIPS = {
     "h20": ("NVIDIA H20", 0.9 * 95.6, 0.65),
     "h100": ("NVIDIA H100", 0.9 * 79.6, 0.5),
     "h200": ("NVIDIA H200", 0.9 * 140.4, 0.5),
+    "a100": ("NVIDIA A100-SXM4-80GB", 0.9 * 79.3, 0.5),
+    "rtx4090": ("NVIDIA GeForce RTX 4090", 0.9 * 23.6, 0.5),
     "v5e": ("TPU v5e", 15.75, 0.5),
     "v6e": ("TPU v6e", 31.25, 0.5),
 }
@@ -54,19 +56,19 @@ class Target:
 
 
 def parse(name: str) -> Target:
-    """Return the target of a name: `h20x8` (any number of GPUs), `v5e-64` (any slice), `here`.
+    """Return the target of a name: `h20x8` (any number of h20, h100, h200, a100 or rtx4090), `v5e-64` (any slice), `here`.
 
     Raises:
       ValueError: there is no such target.
     """
     if name == HERE:
         return here()
-    match = re.fullmatch(r"(h20|h100|h200)x([1-9]\d*)|(v5e|v6e)-([1-9]\d*)", name)
+    match = re.fullmatch(r"(h20|h100|h200|a100|rtx4090)x([1-9]\d*)|(v5e|v6e)-([1-9]\d*)", name)
     count = int(match[2] or match[4]) if match else 0
     if not match or (match[3] and count not in _SLICES):
         raise ValueError(
-            f"no target {name!r}; choose {', '.join(NAMES)}, another number of GPUs, or a TPU "
-            f"slice of {', '.join(map(str, _SLICES))} chips"
+            f"no target {name!r}; choose {', '.join(NAMES)}, other GPUs (a100xN, rtx4090xN), or a "
+            f"TPU slice of {', '.join(map(str, _SLICES))} chips"
         )
     chip = match[1] or match[3]
     device, gib, mfu = _CHIPS[chip]

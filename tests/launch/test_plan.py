@@ -78,7 +78,7 @@ def test_targets():
     assert here.devices == len(jax.devices()) and here.memory and here.peak is None
 
 
-@pytest.mark.parametrize("name", ["h20", "a100x8", "v5e-63", "v5ex8", "h200x0", ""])
+@pytest.mark.parametrize("name", ["h20", "b200x8", "v5e-63", "v5ex8", "h200x0", ""])
 def test_unknown_targets_are_refused(name):
     with pytest.raises(ValueError, match="no target"):
         targets.parse(name)
