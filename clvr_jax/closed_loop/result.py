@@ -56,3 +56,22 @@ class Result:
         if self.trajectory is None:
             return None
         return self.pictures[(self.trajectory.final or len(self.pictures)) - 1]
+
+
+def answer_within(trajectory: Trajectory, pictures: int) -> int:
+    """Return the number of the picture that the loop had answered with, had it drawn no more.
+
+    What a loop does under a smaller budget is the beginning of what it does under a larger one, so
+    that one run tells of all of them. See `clvr_jax.closed_loop.loop` for what the answer is.
+
+    Args:
+      trajectory: of the loop.
+      pictures: budget, at least 1.
+    """
+    steps = trajectory.steps
+    if pictures >= len(steps):
+        return trajectory.final or len(steps)
+    # the turn behind the last picture was still written: it says what that turn goes on from
+    later = [step.action.references for step in steps[1 : pictures + 1] if step.action]
+    bases = [references[-1] for references in later if references]
+    return bases[-1] if bases else pictures

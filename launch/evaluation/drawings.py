@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from clvr_jax.closed_loop.budget import MOST_GENERATIONS
+from clvr_jax.closed_loop.result import answer_within
 from clvr_jax.data.trajectory import Trajectory
 from clvr_jax.miniature import detect_eval, scores
 from clvr_jax.miniature.held_out import Split
@@ -35,6 +37,7 @@ class Drawing(NamedTuple):
       final: index of the answer; None if there is no picture.
       outcome: why it ended.
       seconds, evaluations, tokens: what it took.
+      within: index of the answer, had the budget been 1, 2, ... pictures; of loops only.
     """
 
     passed: tuple[bool, ...]
@@ -43,6 +46,7 @@ class Drawing(NamedTuple):
     seconds: float
     evaluations: int
     tokens: int
+    within: tuple[int, ...] = ()
 
     @property
     def right(self) -> bool:
@@ -60,16 +64,20 @@ def read(folder: Path) -> dict[Key, Drawing]:
     records = []
     for file in sorted(folder.glob(f"*/{RESULT}")):
         known, beside = json.loads(file.read_text()), file.with_name(TRAJECTORY)
-        steps = ()
+        pictures, within = [], ()
         if beside.exists():
-            steps = Trajectory.model_validate_json(beside.read_text()).steps
-        records.append((known, [_picture(file.with_name(step.image)) for step in steps]))
+            trajectory = Trajectory.model_validate_json(beside.read_text())
+            pictures = [_picture(file.with_name(step.image)) for step in trajectory.steps]
+            if trajectory.metadata.get("mode") == "loop":
+                budgets = range(1, MOST_GENERATIONS + 1)
+                within = tuple(answer_within(trajectory, n) - 1 for n in budgets)
+        records.append((known, pictures, within))
     if not records:
         raise FileNotFoundError(f"{folder} holds no drawings of launch.generate")
-    shown = [picture for _, pictures in records for picture in pictures]
+    shown = [picture for _, pictures, _ in records for picture in pictures]
     readings = detect_eval.detect(np.stack(shown)) if shown else None
     found, at = {}, 0
-    for known, pictures in records:
+    for known, pictures, within in records:
         goal = parse_prompt(known["goal"])
         passed = tuple(scores.judge(goal, readings, at + i).passed for i in range(len(pictures)))
         at += len(pictures)
@@ -80,6 +88,7 @@ def read(folder: Path) -> dict[Key, Drawing]:
             known["seconds"],
             known["evaluations"],
             known["tokens"],
+            within,
         )
     return found
 
@@ -174,5 +183,19 @@ def _manner(row: Sequence[Drawing]) -> dict[str, Any]:
         "by_own_decision": rate_of(len(stopped), len(row)),
         "stopped_unsatisfied": rate(not d.right for d in stopped),
         "edited_though_right": rate(not kept for kept in satisfied),
+        "budgets": _budgets(row),
         "ever_right": rate(any(d.passed) for d in row),
+    }
+
+
+def _budgets(row: Sequence[Drawing]) -> dict[str, Any]:
+    """What a loop would have passed, and drawn, had its budget been 1, 2, ... pictures."""
+    if not any(d.within for d in row):
+        return {}
+    return {
+        str(n): {
+            "passed": rate(bool(d.within) and d.passed[d.within[n - 1]] for d in row),
+            "pictures": float(np.mean([min(n, len(d.passed)) for d in row])),
+        }
+        for n in range(1, MOST_GENERATIONS + 1)
     }

@@ -50,6 +50,14 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
             [(n, _counts(arm["lengths"]), _counts(arm["outcomes"])) for n, arm in arms.items()],
         ),
     ]
+    for name, arm in arms.items():
+        if arm["budgets"]:
+            rows = [(n, b["passed"], f"{b['pictures']:.2f}") for n, b in arm["budgets"].items()]
+            note = (
+                "One run tells of all: under a smaller budget a loop does the same until its end."
+            )
+            head = ("pictures at most", "passed", "drawn, mean")
+            found.append(Table(f"{name} under smaller budgets", head, rows, note))
     if report["differences"]:
         apart = report["differences"].items()
         rows = [(n, _points(d["all"]), f"{d['p_holm']:.2g}") for n, d in apart]

@@ -8,6 +8,7 @@ from clvr_jax.backends.protocol import InvalidRequest, Options, Overloaded, user
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.closed_loop.loop import HIDDEN
+from clvr_jax.closed_loop.result import answer_within
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.trajectory import Trajectory
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
@@ -116,6 +117,18 @@ def test_no_picture_is_begun_that_would_not_be_done_in_time():
     made = loop(Vlm(GENERATE, edit(1), STOP), images, Budget(seconds=0.6)).run(TASK)
     assert made.trajectory.outcome == "seconds" and len(images.orders) == 1
     assert made.seconds < 0.6
+
+
+def test_one_run_tells_of_all_smaller_budgets():
+    script = [GENERATE, edit(1), edit(1), edit(3), GENERATE, edit(3), edit(6), STOP]
+    whole = loop(Vlm(*script)).run(TASK).trajectory
+    assert len(whole.steps) == 7 and whole.outcome == "stopped"
+    answers = []
+    for pictures in range(1, 9):
+        made = loop(Vlm(*script), budget=Budget(generations=pictures)).run(TASK).trajectory
+        answers.append(made.final)
+        assert answer_within(whole, pictures) == made.final
+    assert answers == [1, 1, 3, 3, 3, 6, 7, 7]
 
 
 @pytest.mark.parametrize("look, seen", [(1, [True, True, True]), (2, [False, True, False])])

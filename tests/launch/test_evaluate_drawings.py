@@ -42,9 +42,9 @@ def write(out, pictures, made):
             Step(reasoning="so", action=Action(kind="generate", prompt=goal), image=f"{n}.png")
             for n in range(1, len(passes) + 1)
         )
-        trajectory = (
-            Trajectory(id=task.id, goal=goal, steps=steps, outcome=outcome) if steps else None
-        )
+        given = dict(id=task.id, goal=goal, steps=steps, outcome=outcome)
+        mode = {"mode": "loop" if outcome else "one_shot"}
+        trajectory = Trajectory(**given, metadata=mode) if steps else None
         shown = tuple(pictures[goal][0 if passed else 1] for passed in passes)
         error = None if steps else "Failed: x"
         cost = dict(seconds=2.0, evaluations=4 * len(passes), tokens=10)
@@ -80,6 +80,8 @@ def test_answers_are_judged_and_compared(arms):
     assert (loop["evaluations"], loop["tokens"]) == (pytest.approx(20 / 3), 10.0)
     assert report["differences"]["single"]["all"].value == pytest.approx(1 / 3)
     assert report["differences"]["single"]["p_holm"] == 1.0
+    assert [loop["budgets"][n]["passed"].passed for n in "128"] == [2, 2, 2]
+    assert loop["budgets"]["1"]["pictures"] == 1.0 and single["budgets"] == {}
     assert sum(rate.trials for g, rate in loop["groups"].items() if g.startswith("tier")) == 3
 
 
