@@ -7,12 +7,11 @@ In order: clip by the global norm, AdamW, Muon or SGD, decoupled weight decay (L
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import optax.contrib
 
@@ -106,13 +105,17 @@ def schedule(optim: Optim, steps: int) -> optax.Schedule:
     return rate
 
 
-def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformation:
+def make(
+    optim: Optim, params: Params, steps: int, stacked: Sequence[str] = ()
+) -> optax.GradientTransformation:
     """Return the chain for parameters of these paths.
 
     Args:
       optim: settings.
       params: what is trained, or its shapes.
       steps: length of the whole training.
+      stacked: roots of the model whose leaves have layers as their first axis; Muon wants to know
+        which axes are a matrix.
 
     Raises:
       ValueError: a group's pattern matches no parameter, or the warm-up is too long.
@@ -127,7 +130,7 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
     if optim.name == "adamw":
         inner = optax.scale_by_adam(b1, b2, optim.eps)
     elif optim.name == "muon":
-        inner = _muon(optim, params)
+        inner = _muon(optim, params, stacked)
     else:
         inner = optax.trace(b1) if b1 else optax.identity()
     if optim.moments == "bfloat16":
@@ -143,9 +146,9 @@ def make(optim: Optim, params: Params, steps: int) -> optax.GradientTransformati
     return optax.chain(*chain)
 
 
-def _muon(optim: Optim, params: Params) -> optax.GradientTransformation:
+def _muon(optim: Optim, params: Params, stacked: Sequence[str]) -> optax.GradientTransformation:
     """Orthogonal updates of kernels, Adam's of all else."""
-    axes = {path: _matrix(path, leaf.ndim) for path, leaf in tree.flatten(params).items()}
+    axes = {path: _matrix(path, leaf.shape, stacked) for path, leaf in tree.flatten(params).items()}
     b1, b2 = optim.momentum
     kernels = optax.chain(
         optax.trace(b1, nesterov=True),
@@ -156,14 +159,20 @@ def _muon(optim: Optim, params: Params) -> optax.GradientTransformation:
     return optax.partition({"muon": kernels, "adamw": adamw}, labels)
 
 
-def _matrix(path: str, axes: int) -> optax.contrib.MuonDimensionNumbers | None:
-    """Which axes of a kernel are rows and columns; None for what is none.
+def _matrix(
+    path: str, shape: Sequence[int], stacked: Sequence[str]
+) -> optax.contrib.MuonDimensionNumbers | None:
+    """Which axes of a kernel are its inputs and outputs; None for what is none.
 
-    Layers are stacked in front of a matrix; a convolution's window belongs to its input.
+    Layers stand in front, a kernel each. Then a `Linear` has one axis of inputs, and all others are
+    outputs (heads, and what is fused); a `Conv` has its window and channels before the outputs.
     """
-    if not path.endswith("kernel") or axes < 2:
+    layers = int(any(_own(path).startswith(f"{root}/") for root in stacked))
+    inputs = 3 if len(shape) == 4 and not layers and shape[0] == shape[1] else 1
+    if not path.endswith("kernel") or len(shape) - layers - inputs < 1:
         return None
-    return optax.contrib.MuonDimensionNumbers((0, 1, 2) if axes == 4 else axes - 2, axes - 1)
+    axes = range(layers, len(shape))
+    return optax.contrib.MuonDimensionNumbers(tuple(axes[:inputs]), tuple(axes[inputs:]))
 
 
 def _orthogonal(updates: Params, axes: Mapping[str, Any], eps: float) -> Params:
@@ -180,8 +189,9 @@ def _orthogonal(updates: Params, axes: Mapping[str, Any], eps: float) -> Params:
     matrices, _ = muon.update(matrices, muon.init(matrices))
 
     def scaled(path: str, value: jax.Array) -> jax.Array:
-        inputs = (value.shape[axis] for axis in np.atleast_1d(axes[path].reduction_axis))
-        return value * (_ADAM_RMS * math.sqrt(max(math.prod(inputs), value.shape[-1])))
+        sides = (axes[path].reduction_axis, axes[path].output_axis)
+        larger = max(math.prod(value.shape[axis] for axis in side) for side in sides)
+        return value * (_ADAM_RMS * math.sqrt(larger))
 
     done = {path: scaled(path, value) for path, value in matrices.items()}
     return tree.unflatten({**flat, **done})  # what else is there are optax's blanks

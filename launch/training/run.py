@@ -74,7 +74,7 @@ class Job:
 
     def tx(self) -> Any:
         """The optimiser."""
-        return optim.make(self.optimizer, self.trained(), self.steps)
+        return optim.make(self.optimizer, self.trained(), self.steps, self.stage.stacked)
 
     def abstract(self) -> TrainState:
         """The state as shapes, each with its sharding."""

@@ -59,9 +59,9 @@ def test_adamw_equals_its_definition():
 MUON = optim.Optim("muon", 0.01, momentum=(0.9, 0.95), weight_decay=0.1, clip_norm=0.0)
 
 
-def steps_of(chosen, params, grads):
+def steps_of(chosen, params, grads, stacked=()):
     """Updates of some steps at the same parameters."""
-    tx = optim.make(chosen, params, len(grads))
+    tx = optim.make(chosen, params, len(grads), stacked)
     state, out = tx.init(params), []
     for each in grads:
         updates, state = jax.jit(tx.update)(each, state, params)
@@ -96,7 +96,7 @@ def test_muon_makes_kernels_orthogonal_and_leaves_the_rest_to_adamw():
 
 def test_muon_takes_stacked_layers_one_by_one_and_windows_as_inputs():
     params, grads = drawn(0, kernel=(3, 6, 4)), drawn(1, kernel=(3, 6, 4))
-    stacked = steps_of(MUON, params, [grads])[0]["x"]["kernel"]
+    stacked = steps_of(MUON, params, [grads], ["x"])[0]["x"]["kernel"]
     for layer in range(3):
         take = lambda tree, layer=layer: jax.tree.map(lambda leaf: leaf[layer], tree)
         alone = steps_of(MUON, take(params), [take(grads)])[0]["x"]["kernel"]
@@ -106,6 +106,19 @@ def test_muon_takes_stacked_layers_one_by_one_and_windows_as_inputs():
     flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(18, 4), tree)
     alone = steps_of(MUON, flat(params), [flat(grads)])[0]["x"]["kernel"]
     np.testing.assert_allclose(window.reshape(18, 4), alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("features", [(2, 5), (3, 2, 4)])
+@pytest.mark.parametrize("layers", [(), (2,)])
+def test_muon_takes_all_features_as_outputs(features, layers):
+    """Of fused projections too: not a small matrix for every input, as axes alone would have it."""
+    shape, columns = (*layers, 6, *features), int(np.prod(features))
+    params, grads = drawn(0, kernel=shape), drawn(1, kernel=shape)
+    stacked = ["x"] if layers else []
+    ours = steps_of(MUON, params, [grads], stacked)[0]["x"]["kernel"]
+    flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(*layers, 6, columns), tree)
+    alone = steps_of(MUON, flat(params), [flat(grads)], stacked)[0]["x"]["kernel"]
+    np.testing.assert_allclose(ours.reshape(alone.shape), alone, atol=1e-6)
 
 
 def test_groups_have_their_own_rate():
