@@ -32,6 +32,21 @@ PLACES: dict[str, frozenset[int]] = _places()  # name -> its cells
 CELL_NAMES = {min(cells): name for name, cells in PLACES.items() if len(cells) == 1}  # all 16
 SPOTS = tuple(name for name in PLACES if " place of " in name)  # single cells, no corners
 AREAS = tuple(name for name in PLACES if name not in SPOTS)  # what one says first; corners, too
+# how open places are taken: nearest the middle first, what is as near read from left or from right
+ORDERS = tuple(
+    tuple(
+        sorted(
+            range(CELLS),
+            key=lambda cell: (
+                abs(2 * (cell // COLUMNS) - ROWS + 1) ** 2
+                + abs(2 * (cell % COLUMNS) - COLUMNS + 1) ** 2,
+                cell // COLUMNS,
+                way * (cell % COLUMNS),
+            ),
+        )
+    )
+    for way in (1, -1)
+)
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

@@ -1,18 +1,19 @@
-"""Scenes at random: all that a goal leaves open is drawn."""
+"""Scenes at random: all that a goal leaves open is drawn, places by how pictures are composed."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import BANS, COLOURS_OF, PAIRS, SHAPES_OF, Split
-from clvr_jax.miniature.places import OPPOSITE, PLACES, RELATIONS, SO_TO
+from clvr_jax.miniature.places import OPPOSITE, ORDERS, PLACES, RELATIONS, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 
 _ALL = (1 << CELLS) - 1
 _TRIES = 12  # placements of one goal; what then has none is rare or contradicts itself
+_COMPOSED = 4  # of them composed, before any will do
 
 
 def _mask(cells: Iterable[int]) -> int:
@@ -52,12 +53,22 @@ def kind(
     return shape, colour or pick(rng, COLOURS if free else COLOURS_OF[shape])
 
 
-def draw(goal: Goal, rng: np.random.Generator, split: Split) -> Scene | None:
+def draw(
+    goal: Goal, rng: np.random.Generator, split: Split, *, composed: bool = True
+) -> Scene | None:
     """Return a scene that meets the goal, or None if none was found.
 
-    Free attributes are uniform. Cells are drawn one thing after another among those left, things
-    that are bound to a place or in a relation first, in random order: close to uniform over all
-    scenes of the goal. Except in `Split.HELD_OUT`, nothing held out comes about by chance.
+    Free attributes are uniform. Things that are bound to a place or in a relation get their cells
+    first. Except in `Split.HELD_OUT`, nothing held out comes about by chance.
+
+    Args:
+      goal: what is asked for.
+      rng: decides what it leaves open.
+      split: the scene is of it.
+      composed: as pictures of this world are: one thing after another, as named, takes the first
+        cell that it may have in one of `places.ORDERS`, the same for the whole picture (any cells,
+        where that leads nowhere). Otherwise things come in random order and take any cell: close to
+        uniform over all scenes of the goal.
     """
     groups, slots = goal.groups, goal.slots
     links: dict[int, list] = {}
@@ -66,17 +77,18 @@ def draw(goal: Goal, rng: np.random.Generator, split: Split) -> Scene | None:
         links.setdefault(second, []).append((first, _TO[word]))
     free = [groups[g].place is None and g not in links for g in slots]
     kinds = [kind(rng, groups[g].shape, groups[g].colour, split) for g in slots]
-    for _ in range(_TRIES):
-        cells = _place(slots, groups, links, kinds, free, rng, split is not Split.HELD_OUT)
+    for attempt in range(_TRIES):
+        order = pick(rng, ORDERS) if composed and attempt < _COMPOSED else None
+        cells = _place(slots, groups, links, kinds, free, rng, order, split is not Split.HELD_OUT)
         if cells is not None:
             sizes = [groups[g].size or pick(rng, SIZES) for g in slots]
             return Scene(tuple(Thing(cells[s], *kinds[s], sizes[s]) for s in range(len(slots))))
     return None
 
 
-def _place(slots, groups, links, kinds, free, rng, clean) -> list[int] | None:
+def _place(slots, groups, links, kinds, free, rng, order, clean) -> list[int] | None:
     """Return a cell for each slot, or None at a dead end."""
-    keys = rng.random(len(slots)).tolist()
+    keys = range(len(slots)) if order else rng.random(len(slots)).tolist()
     left, cells, at = _ALL, [0] * len(slots), {}
     banned = dict.fromkeys(SHAPES, 0)
     for slot in sorted(range(len(slots)), key=lambda s: (free[s], keys[s])):
@@ -87,7 +99,7 @@ def _place(slots, groups, links, kinds, free, rng, clean) -> list[int] | None:
                 options &= table[at[other]]
         if not options:
             return None
-        cell = pick(rng, _cells(options))
+        cell = first(_cells(options), order) if order else pick(rng, _cells(options))
         cells[slot] = at[group] = cell
         left &= ~(1 << cell)
         if clean:
@@ -96,8 +108,13 @@ def _place(slots, groups, links, kinds, free, rng, clean) -> list[int] | None:
     return cells
 
 
+def first(cells: Sequence[int], order: Sequence[int]) -> int:
+    """Return the first of some cells in one of `places.ORDERS`."""
+    return min(cells, key=order.index)
+
+
 def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> Scene:
-    """Return any scene of `count` things (1 to `MOST` at random where None).
+    """Return any scene of `count` things (1 to `MOST` at random where None), anywhere.
 
     Raises:
       ValueError: a scene does not hold so many.
@@ -105,6 +122,6 @@ def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> 
     count = int(rng.integers(1, MOST + 1)) if count is None else count
     goal = Goal((Group(count),) if count else ())
     while True:
-        scene = draw(goal, rng, split)
+        scene = draw(goal, rng, split, composed=False)
         if scene is not None:
             return scene

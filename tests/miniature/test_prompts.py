@@ -105,7 +105,7 @@ def test_kinds_spread_over_tiers():
 def test_free_attributes_and_cells_are_uniform():
     rng = np.random.default_rng(6)
     goal = Goal((Group(1, "circle"), Group(1, "cross")), (Relation(0, "left of", 1),))
-    drawn = [scenes.draw(goal, rng, Split.TRAIN) for _ in range(1500)]
+    drawn = [scenes.draw(goal, rng, Split.TRAIN, composed=False) for _ in range(1500)]
     circles = [next(t for t in scene.things if t.shape == "circle") for scene in drawn]
     colours = collections.Counter(thing.colour for thing in circles)
     assert set(colours) == set(held_out.COLOURS_OF["circle"])  # all but the held-out one
@@ -115,6 +115,32 @@ def test_free_attributes_and_cells_are_uniform():
     columns = collections.Counter(thing.column for thing in circles)
     for column, share in enumerate((3 / 6, 2 / 6, 1 / 6)):  # pairs of columns that it leaves
         assert columns[column] / 1500 == pytest.approx(share, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    "goal, cells",
+    [
+        (Goal((Group(1, "star"),)), [(5,), (6,)]),
+        (Goal((Group(3, "star"), Group(2, "ring"))), [(5, 6, 9, 10, 1), (6, 5, 10, 9, 2)]),
+        # bound to a place, then in a relation: first of all, and of what is left there
+        (Goal((Group(1, "star"), Group(1, "ring", place="middle"))), [(6, 5), (5, 6)]),
+        (
+            Goal((Group(1, "star"), Group(1, "ring")), (Relation(0, "right of", 1),)),
+            [(5, 4), (6, 5)],
+        ),
+    ],
+)
+def test_open_places_are_composed(goal, cells):
+    """One way for a whole picture: nearest the middle first, from the left or from the right."""
+    rng = np.random.default_rng(11)
+    seen = set()
+    for _ in range(20):
+        scene = scenes.draw(goal, rng, Split.HELD_OUT)
+        slots, things, _ = goal.assign(scene)
+        ordered = sorted(zip(slots, things), key=lambda pair: pair[0])
+        seen.add(tuple((slot, thing.cell) for slot, thing in ordered))
+    expected = {tuple(sorted(zip(goal.slots, each))) for each in cells}
+    assert {tuple(sorted(each)) for each in seen} == expected
 
 
 def test_impossible_goals_find_no_scene():
