@@ -11,7 +11,7 @@ random: a row of a step is a number, and all of it comes from that and the seed.
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 5000, "klein": 3600, "vlm": 6000}
+_STEPS = {"vae": 4000, "klein": 4800, "vlm": 6000}
 _ROWS = {"vae": 16, "klein": 32, "vlm": 4}
 _RATE = {"vae": 3e-3, "klein": 3e-3, "vlm": 2e-3}
 
@@ -32,8 +32,8 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.text = (32, 48, 112)  # text lengths; a prompt takes the smallest that it fits into
         # steps of a round: prompts, edits, edits with a second reference
         c.tasks = section(prompts=8, edits=5, brings=2)
-        c.times = section(distribution="logit_normal", mean=0.0, std=1.0)
-        c.times.shift = "3.0"  # what is drawn where is decided in much noise
+        c.times = section(distribution="logit_normal", mean=0.0, std=1.2)
+        c.times.shift = "2.5"  # what is drawn where is decided in much noise
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":

@@ -14,7 +14,6 @@ from clvr_jax.miniature import held_out, scenes
 from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.orders import write
-from clvr_jax.miniature.places import ORDERS
 from clvr_jax.miniature.references import Description, open_values, refer, somewhere
 from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 
@@ -115,15 +114,14 @@ class Edit:
         """Return the scene after; see `outcome` for arguments and errors.
 
         What the edit leaves open is drawn with `rng`; without it, the first choice is taken. An
-        open place is the first in one of `places.ORDERS`, as in pictures drawn at once.
+        open place is the first in `places.ORDER`, as in pictures drawn at once.
         """
         gone, cells, *choices = self.outcome(before, source)
         left = before.without(gone.cell) if gone else before
         if not cells:
             return left
         take = (lambda values: values[0]) if rng is None else (lambda values: pick(rng, values))
-        cell = scenes.first(cells, take(ORDERS))
-        return left.put(Thing(cell, *(take(values) for values in choices)))
+        return left.put(Thing(scenes.first(cells), *(take(values) for values in choices)))
 
     def satisfied(self, before: Scene, after: Scene, source: Scene | None = None) -> bool:
         """Say if `after` is a right result: the change made, everything else kept exactly."""

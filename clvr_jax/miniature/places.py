@@ -32,21 +32,15 @@ PLACES: dict[str, frozenset[int]] = _places()  # name -> its cells
 CELL_NAMES = {min(cells): name for name, cells in PLACES.items() if len(cells) == 1}  # all 16
 SPOTS = tuple(name for name in PLACES if " place of " in name)  # single cells, no corners
 AREAS = tuple(name for name in PLACES if name not in SPOTS)  # what one says first; corners, too
-# how open places are taken: nearest the middle first, what is as near read from left or from right
-ORDERS = tuple(
-    tuple(
-        sorted(
-            range(CELLS),
-            key=lambda cell: (
-                abs(2 * (cell // COLUMNS) - ROWS + 1) ** 2
-                + abs(2 * (cell % COLUMNS) - COLUMNS + 1) ** 2,
-                cell // COLUMNS,
-                way * (cell % COLUMNS),
-            ),
-        )
-    )
-    for way in (1, -1)
-)
+
+
+def _from_the_middle(cell: int) -> tuple[int, int]:
+    """How far a cell is from the middle of the grid; what is as near is read line by line."""
+    row, column = cell // COLUMNS, cell % COLUMNS
+    return (2 * row - ROWS + 1) ** 2 + (2 * column - COLUMNS + 1) ** 2, cell
+
+
+ORDER = tuple(sorted(range(CELLS), key=_from_the_middle))  # in which open places are taken
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 

@@ -17,7 +17,7 @@ from clvr_jax.typing import Array, Float, Int, PRNGKey, UInt8
 CELL = 16  # pixels of a cell's side
 SIDE = CELL * ROWS
 RADII = (3.9, 6.2)  # of small and large, in pixels
-JITTER = 1.0  # largest shift of a centre, in pixels, both ways
+JITTER = 0.5  # largest shift of a centre, in pixels, both ways
 PALETTE = (
     (0.86, 0.14, 0.16),
     (0.96, 0.55, 0.08),

@@ -1,19 +1,18 @@
 """Scenes at random: all that a goal leaves open is drawn, places by how pictures are composed."""
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import BANS, COLOURS_OF, PAIRS, SHAPES_OF, Split
-from clvr_jax.miniature.places import OPPOSITE, ORDERS, PLACES, RELATIONS, SO_TO
+from clvr_jax.miniature.places import OPPOSITE, ORDER, PLACES, RELATIONS, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 
 _ALL = (1 << CELLS) - 1
 _TRIES = 12  # placements of one goal; what then has none is rare or contradicts itself
-_COMPOSED = 4  # of them composed, before any will do
 
 
 def _mask(cells: Iterable[int]) -> int:
@@ -66,9 +65,8 @@ def draw(
       rng: decides what it leaves open.
       split: the scene is of it.
       composed: as pictures of this world are: one thing after another, as named, takes the first
-        cell that it may have in one of `places.ORDERS`, the same for the whole picture (any cells,
-        where that leads nowhere). Otherwise things come in random order and take any cell: close to
-        uniform over all scenes of the goal.
+        cell of `places.ORDER` that it may have (any cells, where that leads nowhere). Otherwise
+        things come in random order and take any cell: close to uniform over all scenes of the goal.
     """
     groups, slots = goal.groups, goal.slots
     links: dict[int, list] = {}
@@ -78,17 +76,19 @@ def draw(
     free = [groups[g].place is None and g not in links for g in slots]
     kinds = [kind(rng, groups[g].shape, groups[g].colour, split) for g in slots]
     for attempt in range(_TRIES):
-        order = pick(rng, ORDERS) if composed and attempt < _COMPOSED else None
-        cells = _place(slots, groups, links, kinds, free, rng, order, split is not Split.HELD_OUT)
+        by_order = composed and attempt == 0
+        cells = _place(
+            slots, groups, links, kinds, free, rng, by_order, split is not Split.HELD_OUT
+        )
         if cells is not None:
             sizes = [groups[g].size or pick(rng, SIZES) for g in slots]
             return Scene(tuple(Thing(cells[s], *kinds[s], sizes[s]) for s in range(len(slots))))
     return None
 
 
-def _place(slots, groups, links, kinds, free, rng, order, clean) -> list[int] | None:
+def _place(slots, groups, links, kinds, free, rng, composed, clean) -> list[int] | None:
     """Return a cell for each slot, or None at a dead end."""
-    keys = range(len(slots)) if order else rng.random(len(slots)).tolist()
+    keys = range(len(slots)) if composed else rng.random(len(slots)).tolist()
     left, cells, at = _ALL, [0] * len(slots), {}
     banned = dict.fromkeys(SHAPES, 0)
     for slot in sorted(range(len(slots)), key=lambda s: (free[s], keys[s])):
@@ -99,7 +99,7 @@ def _place(slots, groups, links, kinds, free, rng, order, clean) -> list[int] | 
                 options &= table[at[other]]
         if not options:
             return None
-        cell = first(_cells(options), order) if order else pick(rng, _cells(options))
+        cell = first(_cells(options)) if composed else pick(rng, _cells(options))
         cells[slot] = at[group] = cell
         left &= ~(1 << cell)
         if clean:
@@ -108,9 +108,9 @@ def _place(slots, groups, links, kinds, free, rng, order, clean) -> list[int] | 
     return cells
 
 
-def first(cells: Sequence[int], order: Sequence[int]) -> int:
-    """Return the first of some cells in one of `places.ORDERS`."""
-    return min(cells, key=order.index)
+def first(cells: Iterable[int]) -> int:
+    """Return the first of some cells in `places.ORDER`."""
+    return min(cells, key=ORDER.index)
 
 
 def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> Scene:
