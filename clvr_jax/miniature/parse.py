@@ -223,8 +223,6 @@ def _becomes(parts: dict) -> Description:
 
 def _known_tokens(text: str, what: str) -> Tokens:
     """The tokens of a text, all of them words of this world."""
-    """The tokens of a text, all of them words of this world."""
-    """The tokens of a text, all of them words of this world."""
     tokens = phrases.tokenize(text)
     unknown = list(dict.fromkeys(t for t in tokens if t not in phrases.VOCABULARY))
     if unknown:

@@ -66,6 +66,7 @@ def draw(
     start = time.perf_counter()
     say = lambda text: print(text, file=sys.stderr, flush=True)
     tasks = folder.tasks(prompts, seeds)
+    models.check_words(prompts, (sources.weights, sources.vlm))
     sized = placement.sized(sources.weights) if dry_run else None
     weights = sized or build.inspect_weights(sources.weights, sources.transformer)
     policy, budget, system = models.policy_of(weights), budget_of(config), system_of(config)

@@ -1,11 +1,13 @@
 """The models of a drawing: an image model and a vision-language model, here or behind a server."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from clvr_jax.backends.local.images import LocalImages
 from clvr_jax.backends.protocol import Vlm
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.generate.image import Settings
+from conversion.detect import SHIPPED
 from launch import build
 
 TEACHER = "teacher"  # the miniature's scripted teacher, for --vlm
@@ -16,6 +18,24 @@ def policy_of(weights: build.Weights) -> Policy:
     """Return how conditions of weights are made: as recorded, or as stock weights take them."""
     recorded = weights.found.manifest.get("conditioning")
     return Policy.from_json(recorded) if recorded else STOCK
+
+
+def check_words(prompts: Sequence[str], sources: Sequence[str | None]) -> None:
+    """Check that the miniature's world knows what prompts ask for, where a model knows only it.
+
+    Args:
+      prompts: of a run.
+      sources: names of its models; those that ship, and the teacher, know nothing else.
+
+    Raises:
+      ValueError: a prompt cannot be read; it says what the world knows.
+    """
+    if not any(source == TEACHER or source in SHIPPED for source in sources):
+        return
+    from clvr_jax.miniature.parse import parse_prompt
+
+    for prompt in prompts:
+        parse_prompt(prompt)
 
 
 def settings_of(weights: build.Weights, config: Any) -> Settings:

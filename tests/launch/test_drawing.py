@@ -15,7 +15,7 @@ from clvr_jax.data.sources import open_source
 from clvr_jax.data.turns import Action
 from configs import generate as generate_config
 from configs import vlm as vlm_config
-from launch.drawing import command, folder, run
+from launch.drawing import command, folder, models, run
 from launch.drawing.show import Show
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
 from tests.launch.training import ROOT
@@ -163,3 +163,11 @@ def test_configs_become_budgets_and_options():
     config.loop.constrain = "perhaps"
     with pytest.raises(ValueError, match="constrain is 'perhaps'"):
         command.worker("loop", Vlm(), Images(), Policy(), Budget(), None, config, options)
+
+
+@pytest.mark.parametrize("sources", [("miniature", None), ("FOLDER", "teacher")])
+def test_words_of_no_small_world_are_refused(sources):
+    models.check_words(["a red circle", "three stars and a ring"], sources)
+    with pytest.raises(ValueError, match=r"in the prompt: cat\. This world knows up to 8 things"):
+        models.check_words(["a red circle", "a cat"], sources)
+    models.check_words(["a cat"], ("FOLDER", "ANOTHER"))
