@@ -232,7 +232,6 @@ def _known_tokens(text: str, what: str) -> Tokens:
 
 def _unread(text: str, rest: Tokens, what: str) -> ValueError:
     """The error of a text that is understood only up to its rest."""
-    """The error of a text that is understood only up to its rest."""
     examples = "; ".join(f'"{example}"' for example in _EXAMPLES[what])
     return ValueError(
         f'cannot read the {what} "{text}" from "{" ".join(rest)}" on. It reads like these: '
