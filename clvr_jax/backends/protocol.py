@@ -284,7 +284,7 @@ class Session(Protocol):
         on_text: OnText | None = None,
     ) -> Reply:
         """Submit and wait; see `submit`."""
-        ...
+        return self.submit(messages, options, on_text).result()
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[Score]:
         """Return the log-probability of each text as the assistant's next turn.

@@ -20,8 +20,8 @@ from clvr_jax.backends.protocol import (
     OnText,
     Options,
     Overloaded,
-    Reply,
     Score,
+    Session,
 )
 from clvr_jax.generate import text
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -97,7 +97,7 @@ class LocalVlm:
         self.engine.close()
 
 
-class LocalSession:
+class LocalSession(Session):
     """A conversation with a `LocalVlm`; see the protocol."""
 
     def __init__(self, vlm: LocalVlm):
@@ -129,15 +129,6 @@ class LocalSession:
             self._sequence.running = False
             raise
         return work.pending
-
-    def ask(
-        self,
-        messages: Several[Message],
-        options: Options = Options(),
-        on_text: OnText | None = None,
-    ) -> Reply:
-        """Submit and wait."""
-        return self.submit(messages, options, on_text).result()
 
     def score(self, messages: Several[Message], continuations: Several[str]) -> list[Score]:
         """Return the log-probability of each text as the next turn, its closing token left out.

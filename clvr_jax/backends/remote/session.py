@@ -15,6 +15,7 @@ from clvr_jax.backends.protocol import (
     Pending,
     Reply,
     Score,
+    Session,
     Times,
     Usage,
 )
@@ -150,7 +151,7 @@ class Workers:
             self._on_closed()
 
 
-class Conversation:
+class Conversation(Session):
     """A session that owns its message list; see the protocol's Session.
 
     A turn that fails leaves the messages as they were, and so does one that is cancelled before
@@ -228,15 +229,6 @@ class Conversation:
                 self._turn = None
             raise
         return turn
-
-    def ask(
-        self,
-        messages: Sequence[Message],
-        options: Options = DEFAULTS,
-        on_text: OnText | None = None,
-    ) -> Reply:
-        """Submit and wait; see `submit`."""
-        return self.submit(messages, options, on_text).result()
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[Score]:
         """Refuse: chat completions tell the log-probabilities of generated tokens only.

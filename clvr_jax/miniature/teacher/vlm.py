@@ -16,6 +16,7 @@ from clvr_jax.backends.protocol import (
     Pending,
     Reply,
     Score,
+    Session,
     Usage,
 )
 from clvr_jax.miniature.readings import Readings
@@ -85,7 +86,7 @@ class Teacher:
         return self._read(np.asarray(picture.convert("RGB"))[None])
 
 
-class Conversation:
+class Conversation(Session):
     """A session with the teacher; see the protocol's Session."""
 
     def __init__(self, teacher: Teacher):
@@ -121,15 +122,6 @@ class Conversation:
         if on_text and reply.text:
             on_text(reply.text)
         return _Done(reply)
-
-    def ask(
-        self,
-        messages: Sequence[Message],
-        options: Options = DEFAULTS,
-        on_text: OnText | None = None,
-    ) -> Reply:
-        """Submit and return the reply; see `submit`."""
-        return self.submit(messages, options, on_text).result()
 
     def score(self, messages: Sequence[Message], continuations: Sequence[str]) -> list[Score]:
         """Refuse: rules have no probabilities.
