@@ -203,7 +203,8 @@ def test_cudnn_says_what_it_needs():
         attend(*operands(), implementation="cudnn")
 
 
-@pytest.mark.parametrize("causal", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("causal", [False, True])
 def test_heads_together_equal_heads_in_turn(monkeypatch, many_blocks, causal):
     """The path of accelerators (heads together) and that of CPUs give the same, and gradients."""
     q, k, v = operands(keys=37)

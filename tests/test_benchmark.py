@@ -195,6 +195,7 @@ def test_a_wrong_size_is_told_before_weights_are_made(capsys):
     assert "must be positive multiples of 16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_validation_passes_and_fails(tmp_path, monkeypatch):
     case = kernel_cases.Case("small", 2, 12, (12,), 4, 2, 8, causal=True, lengths=(3, 12))
     monkeypatch.setitem(kernel_cases.CASES, "toy", (case,))

@@ -127,6 +127,7 @@ def test_a_second_turn_reads_only_what_is_new(client):
     assert cached == one.usage.prompt_tokens + one.usage.completion_tokens
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once(server):
     """Text and pictures, all answered, each as it is alone."""
 
@@ -206,6 +207,7 @@ def command(module, *flags, **environment):
     )
 
 
+@pytest.mark.slow
 def test_ask_here_and_there(server, tmp_path):
     toy.picture().save(tmp_path / "a.png")
     flags = [f"--image={tmp_path / 'a.png'}", "--prompt=look", "--prompt=and now?", "--seed=3"]

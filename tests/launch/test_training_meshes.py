@@ -144,7 +144,7 @@ def apart(a, b):
     return {path: np.abs(a[path] - b[path]).max() / np.abs(b[path]).max() for path in b}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["image", pytest.param("vlm", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "sizes",
     [*(pytest.param(mesh, marks=pytest.mark.slow) for mesh in MESHES[:-1]), MESHES[-1]],

@@ -56,7 +56,7 @@ def ours(model, monkeypatch, noise, references=(), **fields):
     ("kind", "references", "guidance", "steps"),
     [
         ("base", 0, 4.0, 6),
-        ("base", 2, 4.0, 4),
+        pytest.param("base", 2, 4.0, 4, marks=pytest.mark.slow),
         pytest.param("base", 0, 1.0, 4, marks=pytest.mark.slow),
         ("distilled", 1, 1.0, 4),
         pytest.param("distilled", 3, 1.0, 4, marks=pytest.mark.slow),
