@@ -96,7 +96,7 @@ def test_holds_and_faults_agree_with_all_permutations():
         truth = brute_force(prompt.goal, scene)
         assert prompt.goal.holds(scene) == truth == (not prompt.goal.faults(scene))
         held, missed = held + truth, missed + (not truth)
-    assert held > 30 and missed > 20
+    assert held > 30 and missed > 15
 
 
 def test_assignment_is_the_best_of_all():
