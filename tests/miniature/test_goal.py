@@ -87,7 +87,7 @@ def test_holds_and_faults_agree_with_all_permutations():
     rng = np.random.default_rng(0)
     kinds = ("two", "counting", "position", "attribution", "mix3", "mix4")
     held = missed = 0
-    for i in range(90):
+    for i in range(120):
         prompt, scene = prompts.sample(rng, kinds[i % len(kinds)])
         if prompt.goal.count > 4:
             continue  # of a counting prompt: too many orders
@@ -96,7 +96,7 @@ def test_holds_and_faults_agree_with_all_permutations():
         truth = brute_force(prompt.goal, scene)
         assert prompt.goal.holds(scene) == truth == (not prompt.goal.faults(scene))
         held, missed = held + truth, missed + (not truth)
-    assert held > 30 and missed > 15
+    assert held > 30 and missed > 20
 
 
 def test_assignment_is_the_best_of_all():
