@@ -70,12 +70,13 @@ def draw(
     sized = placement.sized(sources.weights) if dry_run else None
     weights = sized or build.inspect_weights(sources.weights, sources.transformer)
     policy, budget, system = models.policy_of(weights), budget_of(config), system_of(config)
-    local = sources.vlm and sources.vlm != models.TEACHER
+    speaker = None
+    if sources.vlm and sources.vlm != models.TEACHER:
+        speaker = placement.sized_vlm(sources.vlm) if dry_run else None
+        speaker = speaker or build_vlm.find(sources.vlm)
     found = placement.place(
         weights,
-        (dry_run and placement.sized_vlm(sources.vlm)) or build_vlm.find(sources.vlm)
-        if local
-        else None,
+        speaker,
         models.settings_of(weights, config),
         config,
         vlm_config,
