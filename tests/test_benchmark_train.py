@@ -142,7 +142,11 @@ def test_the_peer_has_no_encoders(one_device):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["train_image", "--model=klein_4b", "--size=512x512", "--lora=64"], "klein_4b LoRA"),
+        pytest.param(
+            ["train_image", "--model=klein_4b", "--size=512x512", "--lora=64"],
+            "klein_4b LoRA",
+            marks=pytest.mark.slow,
+        ),
         (["train_vlm", "--model=qwen3_vl_2b", "--tokens=2048"], "qwen3_vl_2b full, 2048 tokens"),
     ],
 )

@@ -115,7 +115,7 @@ def test_vision():
     same_on({"fsdp": 4, "context": 2}, run, params, normal(2, 24, cfg.vision.patch_width))
 
 
-@pytest.mark.parametrize("name", ["reference", "blocked"])
+@pytest.mark.parametrize("name", [pytest.param("reference", marks=pytest.mark.slow), "blocked"])
 @pytest.mark.parametrize("masks", ["causal", "segments", "lengths", "offset", "several"])
 def test_attention_and_its_gradients(name, masks):
     """Three query heads a key head, whose two heads four devices of `tensor` do not divide."""

@@ -48,7 +48,7 @@ def difference(ours, theirs):
 @pytest.mark.parametrize(
     ("pattern", "b"),
     [
-        ("full", 1),
+        pytest.param("full", 1, marks=pytest.mark.slow),
         ("kv", 4),
         pytest.param("full", 4, marks=pytest.mark.slow),
         pytest.param("kv", 1, marks=pytest.mark.slow),
@@ -83,6 +83,7 @@ def test_sharded_text_encoder_equals_one_device(mesh_2x2x2, b):
     assert difference(out, expected) < 3e-6
 
 
+@pytest.mark.slow
 def test_gradients_have_the_sharding_and_values_of_one_device(mesh_2x2x2):
     layout = Layout(4, (2, 2))
     net = transformer.Transformer(TINY, remat="full")
@@ -129,7 +130,8 @@ def test_sharded_vision_equals_one_device(mesh_2x2x2):
     assert difference(out, expected) < 3e-6
 
 
-@pytest.mark.parametrize("mesh_too", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh_too", [False, True])
 def test_prepared_weights_compute_the_same(mesh_2x2x2, mesh_too):
     """Fused, unrolled and perhaps spread: the hidden states of the stacked model."""
     cfg = VARIANTS["tiny"]

@@ -47,6 +47,7 @@ def held(monkeypatch):
     return go, batches
 
 
+@pytest.mark.slow
 def test_orders_of_one_shape_are_drawn_together_and_each_as_if_alone(images, model, monkeypatch):
     go, batches = held(monkeypatch)
     first = images.submit(Order("a red circle", (), 1))

@@ -42,7 +42,7 @@ def paint(texts, references, seeds, text_tokens, spoil=lambda text, scene: scene
     return renders(np.stack(drawn), seeds)
 
 
-BUCKETS = (32, 48, 96)
+BUCKETS = (32, 48, 256)
 
 
 def parts(draw):
@@ -61,7 +61,7 @@ ABOUT = {
         "path": "somewhere",
         "kind": "painter",
         "fingerprints": {"transformer": "abc"},
-        "text_lengths": [32, 48, 96],
+        "text_lengths": [32, 48, 256],
     },
     "environment": {
         "command": "python -m launch.evaluate <miniature>",

@@ -90,8 +90,11 @@ def test_dry_run_prints_sizes_and_writes_nothing(weights, tmp_path):
         (["--prompt=x", "--seeds=-1"], "give numbers from 0"),
         ([], "no prompt was given"),
         (["--prompt=x", "--mode=loop"], "give either --vlm=FOLDER or --server=URL"),
-        (["--prompt=x", "--vlm=teacher", "--image=README.md"], "--image is for --mode=single"),
-        (["--prompt=x", "--vlm=teacher", "--config.loop.generations=0"], "must be above 0"),
+        (["--prompt=a ring", "--vlm=teacher", "--image=README.md"], "--image is for --mode=single"),
+        (
+            ["--prompt=a ring", "--vlm=teacher", "--config.loop.generations=0"],
+            "must be above 0",
+        ),
         (["--prompt=x", "--resume"], "--resume is for modes that ask a model"),
     ],
 )

@@ -115,7 +115,8 @@ def test_bad_data_is_refused_before_anything_starts(folder, tmp_path):
     bad.unlink()
 
 
-@pytest.mark.parametrize("stage", [pytest.param("image", marks=pytest.mark.slow), "vlm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["image", "vlm"])
 def test_dry_run_plans_for_machines_that_are_not_there(folder, tmp_path, stage):
     command = arguments(folder, stage, tmp_path / "run")
     told = run(command, extra=["--dry_run", "--target=h20x8"]).stdout

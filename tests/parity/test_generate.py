@@ -58,7 +58,7 @@ def ours(model, monkeypatch, noise, references=(), **fields):
         ("base", 0, 4.0, 6),
         pytest.param("base", 2, 4.0, 4, marks=pytest.mark.slow),
         pytest.param("base", 0, 1.0, 4, marks=pytest.mark.slow),
-        ("distilled", 1, 1.0, 4),
+        pytest.param("distilled", 1, 1.0, 4, marks=pytest.mark.slow),
         pytest.param("distilled", 3, 1.0, 4, marks=pytest.mark.slow),
         pytest.param("kv", 0, 1.0, 4, marks=pytest.mark.slow),
         pytest.param("kv", 1, 1.0, 4, marks=pytest.mark.slow),

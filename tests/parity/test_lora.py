@@ -70,7 +70,13 @@ def trained(pattern: str, rank: int, seed: int = 0):
 
 
 @pytest.mark.parametrize(
-    "pattern", [".", "(double|single)_blocks", "single_blocks/qkv|final_layer/adaLN", "mlp_"]
+    "pattern",
+    [
+        pytest.param(".", marks=pytest.mark.slow),
+        pytest.param("(double|single)_blocks", marks=pytest.mark.slow),
+        "single_blocks/qkv|final_layer/adaLN",
+        "mlp_",
+    ],
 )
 def test_our_file_loads_in_diffusers(tmp_path, pattern):
     adapters = trained(pattern, rank=4)

@@ -226,9 +226,8 @@ def our_options(rows: int, **o) -> sampling.Sampling:
     )
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "all" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_sampling_has_the_references_distribution(name):
     """Same support, same probabilities; 40,000 draws pass a chi-square test."""
     rng = np.random.default_rng(5)

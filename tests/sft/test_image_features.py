@@ -54,6 +54,7 @@ def files(folder):
     return sorted(folder.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_training_from_features_has_the_same_losses(file, folder):
     _, params = model()
     on_the_fly = batches(open_source(file))
