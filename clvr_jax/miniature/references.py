@@ -87,17 +87,17 @@ def refer(rng: np.random.Generator, scene: Scene, thing: Thing) -> Description:
     by its kind, or at last by the cell's own name, which always does.
     """
     names = by_kind(scene, thing)
-    if names and rng.random() < 0.95:
+    if names and rng.random() < 0.8:
         named = [name for name in names if name.shape] or names
         way = rng.random()
         return named[0] if way < 0.6 else pick(rng, named if way < 0.95 else names)
     way = rng.random()
-    if way < 0.5:
+    if way < 0.4:
         for place in shuffle(rng, [p for p in AREAS if thing.cell in PLACES[p]]):
             names = by_kind(scene, thing, PLACES[place])
             if names:
                 return names[0]._replace(place=place)
-    elif way < 0.9:
+    elif way < 0.7:
         for other in shuffle(rng, [t for t in scene.things if t != thing]):
             marks = by_kind(scene, other)
             true = [word for word in RELATIONS if thing.cell in SO_TO[word][other.cell]]

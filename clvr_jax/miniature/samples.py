@@ -9,14 +9,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clvr_jax.miniature import edits, prompts, scenes
-from clvr_jax.miniature.chance import pick
+from clvr_jax.miniature import edits, held_out, prompts, scenes
+from clvr_jax.miniature.chance import pick, shuffle
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.pictures import Picture, new_seed, picture_of
-from clvr_jax.miniature.scene import CELLS, SIZES, Thing
+from clvr_jax.miniature.scene import CELLS, SIZES, Scene, Thing
 
 ROUND = 2**20  # rows of a round at most
 FULLEST = 0.8  # largest share of cells with a thing where only pictures are learnt
+DESCRIBED = 0.25  # share of prompts that say all there is to say
+_FEW = 4  # things of such a picture at most: what a prompt of several sentences has room for
+# kinds of edits, as often as drawn: what must keep a shape that no word names is learnt last
+_EDITS = (*edits.KINDS, "recolour", "move", "resize")
 
 
 class Stream(enum.IntEnum):
@@ -91,7 +95,8 @@ def drawing(rng: np.random.Generator, references: int, split: Split = Split.TRAI
     if references not in (0, 1, 2):
         raise ValueError(f"{references} references; drawings of this world have 0, 1 or 2")
     if references == 0:
-        prompt, scene = prompts.sample(rng, None, split)
+        draw = _described if rng.random() < DESCRIBED else prompts.sample
+        prompt, scene = draw(rng, split=split)
         return Drawing(prompt.text, picture_of(scene, rng))
     if references == 2:
         _, text, (first, second), after = edits.sample_pair(rng, split)
@@ -99,10 +104,21 @@ def drawing(rng: np.random.Generator, references: int, split: Split = Split.TRAI
         return Drawing(text, Picture(after.codes(), shown[1].seed), shown)
     while True:
         before = scenes.sample(rng, split)
-        kind = pick(rng, edits.KINDS)
+        kind = pick(rng, _EDITS)
         try:
             _, text, after = edits.sample(rng, before, kind, split)
         except ValueError:  # a full scene takes no more, and one thing may have nowhere to go
             continue
         shown = picture_of(before, rng)
         return Drawing(text, Picture(after.codes(), shown.seed), (shown,))
+
+
+def _described(rng: np.random.Generator, split: Split) -> tuple[prompts.Prompt, Scene]:
+    """A prompt that says all of some things of a picture, and a scene of these alone."""
+    while True:
+        _, scene = prompts.sample(rng, split=split)
+        count = min(len(scene.things), int(rng.integers(1, _FEW + 1)))
+        part = Scene(tuple(shuffle(rng, scene.things)[:count]))
+        prompt = prompts.describe(part, rng, detail=1.0)
+        if held_out.split_of(prompt.goal, prompt.text) is split:
+            return prompt, part

@@ -12,6 +12,7 @@ from clvr_jax.miniature.places import OPPOSITE, ORDER, PLACES, RELATIONS, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 
 _ALL = (1 << CELLS) - 1
+_TWINS = 0.3  # share of scenes of anything in which several things are alike
 _TRIES = 12  # placements of one goal; what then has none is rare or contradicts itself
 
 
@@ -116,12 +117,19 @@ def first(cells: Iterable[int]) -> int:
 def sample(rng: np.random.Generator, split: Split, count: int | None = None) -> Scene:
     """Return any scene of `count` things (1 to `MOST` at random where None), anywhere.
 
+    In some, several things are of one kind, so that words must say where one of them is.
+
     Raises:
       ValueError: a scene does not hold so many.
     """
     count = int(rng.integers(1, MOST + 1)) if count is None else count
-    goal = Goal((Group(count),) if count else ())
     while True:
-        scene = draw(goal, rng, split, composed=False)
+        groups = [Group(count)] if count else []
+        if count > 1 and rng.random() < _TWINS:
+            twins = int(rng.integers(2, count + 1))
+            size = pick(rng, (None, *SIZES))
+            groups = [Group(twins, *kind(rng, None, None, split), size)]
+            groups += [Group(count - twins)] if twins < count else []
+        scene = draw(Goal(tuple(groups)), rng, split, composed=False)
         if scene is not None:
             return scene

@@ -24,7 +24,7 @@ from launch.training.vlm import find, networks, stage
 
 __all__ = ["data", "find", "networks", "stage"]
 
-_VERSION = 2  # of what the lessons are; another one is other data
+_VERSION = 3  # of what the lessons are; another one is other data
 
 
 def data(

@@ -157,7 +157,7 @@ def test_groups_are_few_and_each_text_has_its_smallest_length():
     assert [(g.references, g.text_tokens, g.batch, len(g.jobs)) for g in found] == [
         (0, 32, 3, 3),
         (0, 48, 2, 2),
-        (0, 96, 1, 1),
+        (0, 256, 1, 1),
         (1, 32, 3, 5),
     ]
     sizes = set()

@@ -5,9 +5,11 @@ import pytest
 
 from clvr_jax.data.plan import Epochs, Step
 from clvr_jax.generate.prompt import render as templated
-from clvr_jax.miniature import held_out, samples, tokenizer
+from clvr_jax.miniature import held_out, parse, samples, tokenizer
 from clvr_jax.miniature.batches import DrawingBatches, crowds
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.places import PLACES
+from clvr_jax.miniature.references import by_kind
 from clvr_jax.miniature.scene import from_codes, thing
 from launch.folders import SEEING
 
@@ -67,6 +69,29 @@ def test_what_an_edit_does_not_name_stays():
         first, second = given.references
         assert second.seed == given.target.seed != first.seed
         assert (second.codes != given.target.codes).sum() == 1
+
+
+def test_prompts_are_met_and_some_say_all():
+    whole = 0
+    for number in range(200):
+        given = samples.drawing(samples.generator(4, number), 0)
+        goal, scene = parse.parse_prompt(given.text), from_codes(given.target.codes)
+        assert goal.holds(scene), given.text
+        assert held_out.split_of(goal, given.text) is Split.TRAIN, given.text
+        whole += all(len(PLACES.get(group.place, ())) == 1 for group in goal.groups)
+    assert 30 < whole < 80, "a quarter names every cell"
+
+
+def test_edits_often_say_which_of_several_they_mean():
+    said = alike = 0
+    for number in range(200):
+        given = samples.drawing(samples.generator(5, number), 1)
+        scene = from_codes(given.references[0].codes)
+        edit = parse.parse_edit(given.text)
+        if edit.thing:
+            said += bool(edit.thing.place or edit.thing.word)
+            alike += not by_kind(scene, edit.thing.find(scene))
+    assert said > 40 and alike > 15
 
 
 def test_nothing_held_out_is_trained():
