@@ -12,7 +12,7 @@ random: a row of a step is a number, and all of it comes from that and the seed.
 import ml_collections as mlc
 
 _STEPS = {"vae": 4000, "klein": 4800, "vlm": 6000}
-_ROWS = {"vae": 16, "klein": 32, "vlm": 4}
+_ROWS = {"vae": 16, "klein": 32, "vlm": 3}
 _RATE = {"vae": 3e-3, "klein": 3e-3, "vlm": 2e-3}
 
 
@@ -37,8 +37,8 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
-        c.data.tokens = 768  # of a row; several conversations share one
-        c.data.images = 16  # of a row
+        c.data.tokens = 1024  # of a row: a story and some short lessons
+        c.data.images = 24  # of a row
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.batch = section(rows=_ROWS[variant], accumulation=1)  # rows: per device, data and fsdp

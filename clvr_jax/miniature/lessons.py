@@ -24,8 +24,9 @@ from clvr_jax.miniature.scene import Scene
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
 
-# share of each kind of lesson
-TASKS = {"inventory": 0.25, "caption": 0.1, "difference": 0.15, "critique": 0.25, "story": 0.25}
+# share of each kind among short lessons, of a question and an answer
+TASKS = {"inventory": 0.35, "caption": 0.1, "difference": 0.2, "critique": 0.35}
+STORY = "story"  # the long one: turn after turn, as in the loop
 RIGHT = 0.4  # share of criticised pictures that are right
 MISTAKES = 0.25  # chance that the painter of a story errs
 LONGEST = 5  # pictures of a story
@@ -50,7 +51,7 @@ def lesson(rng: Rng, task: str | None = None) -> Lesson:
 
     Args:
       rng: decides everything.
-      task: of `TASKS`, or None for any.
+      task: of `TASKS`, or `STORY`, or None for a short one.
 
     Raises:
       ValueError: the task is unknown.
@@ -134,5 +135,5 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "caption": _caption,
     "difference": _difference,
     "critique": _critique,
-    "story": _story,
+    STORY: _story,
 }

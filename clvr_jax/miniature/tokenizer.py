@@ -7,7 +7,7 @@ import numpy as np
 
 from clvr_jax.miniature import edits, prompts, scenes
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.lessons import lesson
+from clvr_jax.miniature.lessons import STORY, lesson
 
 VOCABULARY = 768
 
@@ -56,6 +56,7 @@ def corpus(count: int = 2000, seed: int = 0) -> list[str]:
         texts.append(prompts.sample(rng, None, Split.TRAIN)[0].text)
         scene = scenes.sample(rng, Split.TRAIN, int(rng.integers(1, 8)))
         texts.append(edits.sample(rng, scene, None, Split.TRAIN)[1])
-    for _ in range(count // 4):
-        texts += [message.text for message in lesson(rng).messages]
+    for number in range(count // 4):
+        task = None if number % 4 else STORY
+        texts += [message.text for message in lesson(rng, task).messages]
     return texts

@@ -1,7 +1,7 @@
 """The stage that makes the miniature's Qwen3-VL from nothing, on lessons drawn on the fly."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ from PIL import Image
 
 from clvr_jax.data.packing import Shape
 from clvr_jax.data.plan import Epochs, Step, rows_of_process
-from clvr_jax.miniature.lessons import lesson
+from clvr_jax.miniature.chance import Rng
+from clvr_jax.miniature.lessons import STORY, lesson
 from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.samples import Stream, row_generator
@@ -24,6 +25,8 @@ from launch.training.vlm import find, networks, stage
 
 __all__ = ["data", "find", "networks", "stage"]
 
+Drawn = tuple[Example, list[Picture]]
+_TRIES = 1000  # for a story that is short enough
 _VERSION = 3  # of what the lessons are; another one is other data
 
 
@@ -39,7 +42,7 @@ def data(
     epochs: int | None = None,
     validation: bool = False,
 ) -> Data:
-    """Plan what every step draws: rows filled with lessons, one behind the other.
+    """Plan what every step draws: rows that begin with a story and are filled with short lessons.
 
     Args:
       split: of the world; lessons are drawn for training only.
@@ -64,21 +67,14 @@ def data(
     shape = Shape(config.data.tokens, config.data.images, (SIDE // cfg.vision.patch) ** 2)
     numbers = np.arange(size).reshape(config.batch.accumulation, rows)
 
-    def row(epoch: int, number: int) -> list[tuple[Example, list[Picture]]]:
-        """What comes, as long as it fits."""
-        rng, taken = row_generator(config.seed, epoch, number, Stream.LESSONS), []
-        tokens = images = 0
-        while True:
-            said = lesson(rng)
-            example = encode(said.messages, reads, cfg)
-            tokens, images = tokens + len(example.ids), images + len(said.pictures)
-            if taken and (tokens > shape.tokens or images > shape.images):
-                return taken
-            taken.append((example, said.pictures))
+    def draw(rng: Rng, task: str | None) -> Drawn:
+        said = lesson(rng, task)
+        return encode(said.messages, reads, cfg), said.pictures
 
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
-        rows = [row(step.epoch, int(number)) for number in own.flat]
+        of = lambda number: row_generator(config.seed, step.epoch, int(number), Stream.LESSONS)
+        rows = [fill(of(number), shape, draw) for number in own.flat]
         shown = [picture for taken in rows for _, pictures in taken for picture in pictures]
         pixels = rendered(shown, own.size * shape.images)  # of one size, so that it compiles once
         images = map(Image.fromarray, pixels)
@@ -97,6 +93,38 @@ def data(
         unit="rows",
         row_flops=lambda step: each,
     )
+
+
+def fill(rng: Rng, room: Shape, draw: Callable[[Rng, str | None], Drawn]) -> list[Drawn]:
+    """Return a story, and short lessons behind it until one does not fit.
+
+    Short lessons are about as long as one another, stories are not: were all drawn alike, most that
+    do not fit were long stories, and those would hardly be learnt.
+
+    Args:
+      rng: decides everything.
+      room: of a row.
+      draw: makes a lesson of a task.
+
+    Raises:
+      ValueError: hardly any story is short enough.
+    """
+    fits = lambda taken: (
+        sum(len(example.ids) for example, _ in taken) <= room.tokens
+        and sum(len(pictures) for _, pictures in taken) <= room.images
+    )
+    for _ in range(_TRIES):
+        taken = [draw(rng, STORY)]
+        if fits(taken):
+            break
+    else:
+        raise ValueError(
+            f"of {_TRIES} stories none has at most {room.tokens} tokens and {room.images} "
+            "pictures; give a larger --config.data.tokens or --config.data.images"
+        )
+    while fits(longer := [*taken, draw(rng, None)]):
+        taken = longer
+    return taken
 
 
 def _with(example: Example, images: Iterator[Any], reads: Any) -> Example:
