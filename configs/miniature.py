@@ -37,8 +37,10 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
-        c.data.tokens = 1024  # of a row: a story and some short lessons
-        c.data.images = 24  # of a row
+        c.data.tokens = 1024  # of a row that begins with a story
+        c.data.images = 12  # of such a row
+        # steps of a round: short lessons, in four times as many rows; stories
+        c.tasks = section(short=3, stories=1)
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.batch = section(rows=_ROWS[variant], accumulation=1)  # rows: per device, data and fsdp
@@ -49,7 +51,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     c.precision = "float32"  # float32, mixed, bfloat16
     c.ema = 0.999
     c.remat = "none"  # none, full, attention, dots
-    c.attention = "reference"  # sequences are short
+    c.attention = "blocked" if variant == "vlm" else "reference"  # sequences are short
     c.optim = section(
         name="muon",  # a step is worth several of AdamW
         learning_rate=_RATE[variant],

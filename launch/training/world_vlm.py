@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.data.packing import Shape
-from clvr_jax.data.plan import Epochs, Step, rows_of_process
+from clvr_jax.data.plan import Epochs, Step, rows_of_process, shuffled
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.lessons import STORY, lesson
 from clvr_jax.miniature.pictures import Picture, rendered
@@ -21,13 +21,24 @@ from conversion.components import Component
 from launch.bench import flops
 from launch.training import vlm, world
 from launch.training.stage import Data
-from launch.training.vlm import find, networks, stage
+from launch.training.vlm import find, stage
 
 __all__ = ["data", "find", "networks", "stage"]
 
 Drawn = tuple[Example, list[Picture]]
-_TRIES = 1000  # for a story that is short enough
+_PARTS = 4  # rows of short lessons alone that are as long as one with a story
+_LEAST = 160  # tokens of the longest short lesson, about
+_LAYERS = 8  # traced at once, as in `world`
+_TRIES = 1000  # for a lesson that is short enough
 _VERSION = 3  # of what the lessons are; another one is other data
+
+
+def networks(config: Any, weights: Component | None) -> Networks:
+    """Return the networks as they train; see `vlm.networks`."""
+    nets = vlm.networks(config, weights)
+    return dataclasses.replace(
+        nets, language=nets.language.clone(scan=_LAYERS), vision=nets.vision.clone(scan=_LAYERS)
+    )
 
 
 def data(
@@ -42,7 +53,9 @@ def data(
     epochs: int | None = None,
     validation: bool = False,
 ) -> Data:
-    """Plan what every step draws: rows that begin with a story and are filled with short lessons.
+    """Plan what every step draws: rows of short lessons, or rows that begin with a story.
+
+    Short lessons alone come in more and shorter rows, whose attention costs less.
 
     Args:
       split: of the world; lessons are drawn for training only.
@@ -54,7 +67,7 @@ def data(
       epochs, validation: not for this stage.
 
     Raises:
-      ValueError: another split, validation, or no number of steps.
+      ValueError: another split, validation, no number of steps, or rows too short.
     """
     if split != "train" or validation:
         raise ValueError(
@@ -63,9 +76,23 @@ def data(
         )
     world.require_steps(steps)
     reads, cfg = vlm.reader(config, weights), weights.config
-    size = config.batch.accumulation * rows
-    shape = Shape(config.data.tokens, config.data.images, (SIDE // cfg.vision.patch) ** 2)
-    numbers = np.arange(size).reshape(config.batch.accumulation, rows)
+    patches = (SIDE // cfg.vision.patch) ** 2
+    long = Shape(config.data.tokens, config.data.images, patches)
+    short = Shape(long.tokens // _PARTS, long.images // 2, patches)
+    kinds = [(short, rows * _PARTS)] * config.tasks.short + [(long, rows)] * config.tasks.stories
+    if not kinds or short.tokens < _LEAST or not short.images:
+        raise ValueError(
+            f"a round of {len(kinds)} steps, a row of {long.tokens} tokens and {long.images} "
+            f"pictures: give one step at least, {_LEAST * _PARTS} tokens and 2 pictures"
+        )
+
+    def plan(epoch: int) -> list[Step]:
+        """The steps of a round, in an order of its own."""
+        ends = np.cumsum([config.batch.accumulation * each for _, each in kinds])
+        parts = np.split(np.arange(ends[-1]), ends[:-1])
+        order = shuffled(len(kinds), config.seed, epoch, Stream.ORDER)
+        shaped = lambda i: parts[i].reshape(config.batch.accumulation, -1)
+        return [Step(kinds[i][0], shaped(i)) for i in order]
 
     def draw(rng: Rng, task: str | None) -> Drawn:
         said = lesson(rng, task)
@@ -74,9 +101,11 @@ def data(
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
         of = lambda number: row_generator(config.seed, step.epoch, int(number), Stream.LESSONS)
-        rows = [fill(of(number), shape, draw) for number in own.flat]
+        first = STORY if step.static == long else None
+        rows = [fill(of(number), step.static, draw, first) for number in own.flat]
         shown = [picture for taken in rows for _, pictures in taken for picture in pictures]
-        pixels = rendered(shown, own.size * shape.images)  # of one size, so that it compiles once
+        most = own.size * step.static.images  # of one size, so that it compiles once
+        pixels = rendered(shown, most)
         images = map(Image.fromarray, pixels)
         filling = Filling(own.shape, step.static, cfg.vision)
         for at, taken in zip(np.ndindex(own.shape), rows, strict=True):
@@ -84,19 +113,27 @@ def data(
                 filling.add(at, _with(example, images, reads))
         return filling.arrays
 
-    each = flops.train_vlm(cfg.text, cfg.vision, [shape.tokens], [shape.patches] * shape.images)
+    def row_flops(step: Step) -> float:
+        tokens, images, patches = step.static
+        return flops.train_vlm(cfg.text, cfg.vision, [tokens], [patches] * images)
+
     return world.endless(
         split,
         fingerprint=f"conversations {_VERSION} {split} seed {config.seed}",
-        steps=Epochs(lambda epoch: [Step(shape, numbers)], steps=steps),
+        steps=Epochs(plan, steps=steps),
         make=make,
         unit="rows",
-        row_flops=lambda step: each,
+        row_flops=row_flops,
     )
 
 
-def fill(rng: Rng, room: Shape, draw: Callable[[Rng, str | None], Drawn]) -> list[Drawn]:
-    """Return a story, and short lessons behind it until one does not fit.
+def fill(
+    rng: Rng,
+    room: Shape,
+    draw: Callable[[Rng, str | None], Drawn],
+    first: str | None = None,
+) -> list[Drawn]:
+    """Return a row's lessons: one of a given task first, short ones until the next does not fit.
 
     Short lessons are about as long as one another, stories are not: were all drawn alike, most that
     do not fit were long stories, and those would hardly be learnt.
@@ -105,21 +142,22 @@ def fill(rng: Rng, room: Shape, draw: Callable[[Rng, str | None], Drawn]) -> lis
       rng: decides everything.
       room: of a row.
       draw: makes a lesson of a task.
+      first: the task of the first, or None for a short one.
 
     Raises:
-      ValueError: hardly any story is short enough.
+      ValueError: hardly any such lesson is short enough.
     """
     fits = lambda taken: (
         sum(len(example.ids) for example, _ in taken) <= room.tokens
         and sum(len(pictures) for _, pictures in taken) <= room.images
     )
     for _ in range(_TRIES):
-        taken = [draw(rng, STORY)]
+        taken = [draw(rng, first)]
         if fits(taken):
             break
     else:
         raise ValueError(
-            f"of {_TRIES} stories none has at most {room.tokens} tokens and {room.images} "
+            f"of {_TRIES} lessons none has at most {room.tokens} tokens and {room.images} "
             "pictures; give a larger --config.data.tokens or --config.data.images"
         )
     while fits(longer := [*taken, draw(rng, None)]):

@@ -23,7 +23,7 @@ def draws(stories, short=(10, 1)):
 
 
 def rows(*args, count=200):
-    return [fill(np.random.default_rng(i), ROOM, draws(*args)) for i in range(count)]
+    return [fill(np.random.default_rng(i), ROOM, draws(*args), STORY) for i in range(count)]
 
 
 def test_a_row_is_a_story_and_what_fits_behind_it():
@@ -45,4 +45,9 @@ def test_long_stories_are_as_frequent_as_drawn():
 def test_a_story_that_no_row_holds_is_drawn_anew():
     assert {len(row[0][0].ids) for row in rows([(101, 1), (50, 9), (40, 8)])} == {40}
     with pytest.raises(ValueError, match="none has at most 100 tokens and 8 pictures; give a"):
-        fill(np.random.default_rng(0), ROOM, draws([(101, 1)]))
+        fill(np.random.default_rng(0), ROOM, draws([(101, 1)]), STORY)
+
+
+def test_rows_of_short_lessons_have_no_story():
+    row = fill(np.random.default_rng(0), ROOM, draws([(1, 1)]))
+    assert [example.task for example, _ in row] == [None] * 8, "as many as there are pictures"
