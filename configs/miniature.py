@@ -4,16 +4,17 @@ python -m launch.miniature --out=outputs/miniature                  # every stag
 python -m launch.train --config=configs/miniature.py:vae --workdir=runs/vae \
   --config.weights=FOLDER                                           # one of them
 
-Variants: `vae`; `klein` (transformer and text encoder, together; the VAE is frozen); `vlm` (reading
-pictures). Nothing is read from a disk but the first weights, which `launch.miniature` draws at
-random: a row of a step is a number, and all of it comes from that and the seed.
+Variants: `vae`; `klein` (transformer and text encoder, together; the VAE is frozen); `klein_more`
+(the same, on from weights that `klein` left); `vlm` (reading pictures). Nothing is read from a disk
+but the first weights, which `launch.miniature` draws at random: a row of a step is a number, and
+all of it comes from that and the seed.
 """
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 4000, "klein": 4800, "vlm": 6000}
-_ROWS = {"vae": 16, "klein": 32, "vlm": 3}
-_RATE = {"vae": 3e-3, "klein": 3e-3, "vlm": 2e-3}
+_STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "vlm": 6000}
+_ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "vlm": 3}
+_RATE = {"vae": 3e-3, "klein": 3e-3, "klein_more": 2e-3, "vlm": 2e-3}
 
 
 def get_config(variant: str = "klein") -> mlc.ConfigDict:
@@ -21,14 +22,15 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     if variant not in _STEPS:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_STEPS)}")
     section = lambda **fields: mlc.ConfigDict(fields)
-    c = mlc.ConfigDict(dict(stage=f"world_{variant}"))
+    klein = variant.startswith("klein")
+    c = mlc.ConfigDict(dict(stage="world_klein" if klein else f"world_{variant}"))
     c.sizes = "miniature"  # what the weights must be; empty: whatever they are
     c.weights = "outputs/miniature/begin"  # a folder or run: what is trained on from, what is kept
     c.seed = 0
     c.epochs = 0  # there are none: data never repeat
     c.steps = _STEPS[variant]
     c.data = section(train="train", validation="", threads=1)  # splits of the world
-    if variant == "klein":
+    if klein:
         c.text = (32, 48, 112)  # text lengths; a prompt takes the smallest that it fits into
         # steps of a round: prompts, edits, edits with a second reference
         c.tasks = section(prompts=8, edits=5, brings=2)

@@ -26,7 +26,7 @@ from launch.pictures import write_text
 # optimiser steps of each training by preset; "full" has those of configs/miniature.py
 STEPS: dict[str, dict[str, int]] = {
     "full": {},
-    "quick": {"vae": 800, "klein": 1200, "vlm": 1000},
+    "quick": {"vae": 800, "klein": 1200, "klein_more": 600, "vlm": 1000},
 }
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
@@ -59,6 +59,7 @@ class Recipe:
             "begin": self.begin,
             "vae": self.vae,
             "klein": self.klein,
+            "klein_more": self.klein_more,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
             "weights": self.weights,
@@ -154,12 +155,17 @@ class Recipe:
         """Train transformer and text encoder, and write the pipeline."""
         self._exported(folder, self._train("klein", self.out / "vae"))
 
+    def klein_more(self, folder: Path) -> None:
+        """Train both further from their moving averages, on other data, and write the pipeline."""
+        run = self._train("klein_more", self.out / "klein", seed=self.seed + 1)
+        self._exported(folder, run)
+
     def weights(self, folder: Path) -> None:
         """Write both once more in bfloat16, as they come with the package."""
         with aside(folder) as partial:
             partial.mkdir()
-            for name in ("klein", "vlm"):
-                self._exported(partial / name, self.out / name, "--dtype=bfloat16")
+            for name, stage in (("klein", "klein_more"), ("vlm", "vlm")):
+                self._exported(partial / name, self.out / stage, "--dtype=bfloat16")
 
     def _fresh(self, *names: str) -> dict[str, tuple[Any, Any]]:
         """First weights of components at the miniature's sizes."""
@@ -167,10 +173,10 @@ class Recipe:
 
         return fresh.weights({n: KINDS[n].variants["miniature"] for n in names}, self.seed)
 
-    def _train(self, variant: str, weights: Path) -> Path:
+    def _train(self, variant: str, weights: Path, seed: int | None = None) -> Path:
         """Run `launch.train`, or go on with it; return the folder of the run."""
         run = self.out / "runs" / variant
-        given = {"weights": weights, "seed": self.seed}
+        given = {"weights": weights, "seed": self.seed if seed is None else seed}
         if variant in STEPS[self.preset]:
             given["steps"] = STEPS[self.preset][variant]
         command = [

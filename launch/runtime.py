@@ -24,6 +24,24 @@ def use_compile_cache() -> Path:
     return path
 
 
+@contextlib.contextmanager
+def compile_seconds() -> Iterator[Callable[[], float]]:
+    """Give a function that returns the seconds JAX has spent compiling since."""
+    import jax
+
+    spent = [0.0]
+
+    def listen(event: str, seconds: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield lambda: spent[0]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def config_flag(file: str, name: str = "config") -> Any:
     """Define --config, or another name, with a file in configs/ as its default.
 

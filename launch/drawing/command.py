@@ -19,6 +19,7 @@ from launch.drawing.run import check
 from launch.drawing.run import draw as draw_all
 from launch.drawing.show import Show
 from launch.plan import targets
+from launch.runtime import compile_seconds
 
 _STOCK = Path(clvr_jax.__file__).parent / "closed_loop" / "stock.txt"
 
@@ -106,15 +107,18 @@ def draw(
     say(f"{names}: loaded in {time.perf_counter() - start:.1f} s")
     work = worker(mode, vlm, images, policy, budget, system, config, options_of(vlm_config))
     try:
-        results, page = draw_all(
-            lambda task, tell: work.run(task, tell),
-            tasks,
-            out,
-            settings,
-            f"{len(tasks)} prompts, {mode}",
-            min(config.loop.concurrency, len(tasks)),
-            Show(len(tasks)),
-        )
+        with compile_seconds() as compiled:
+            results, page = draw_all(
+                lambda task, tell: work.run(task, tell),
+                tasks,
+                out,
+                settings,
+                f"{len(tasks)} prompts, {mode}",
+                min(config.loop.concurrency, len(tasks)),
+                Show(len(tasks)),
+            )
+            if compiled() > 1:
+                say(f"{compiled():.1f} s of it compiling, less next time: programs are kept")
     finally:
         images.close()
         if vlm:

@@ -1,12 +1,13 @@
 """Many pictures from one model: jobs in any order into batches of few shapes, with their times."""
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from launch.runtime import compile_seconds
 
 Pictures = Any  # uint8 (b, y, x, 3) arrays on the host
 # texts, references of each, seeds, text length -> pictures
@@ -127,21 +128,3 @@ def total_speed(speed: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _per_second(pictures: int, seconds: float) -> float:
     return round(pictures / max(seconds, 1e-9), 3)
-
-
-@contextlib.contextmanager
-def compile_seconds() -> Iterator[Callable[[], float]]:
-    """Give a function that returns the seconds JAX has spent compiling since."""
-    import jax
-
-    spent = [0.0]
-
-    def listen(event: str, seconds: float, **_: Any) -> None:
-        if event.startswith("/jax/core/compile/"):
-            spent[0] += seconds
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield lambda: spent[0]
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
