@@ -212,6 +212,19 @@ def test_an_edit_that_is_in_vain_too_often_makes_it_draw_anew():
     assert after("a red star and a blue ring", *scenes).action.kind == "generate"
 
 
+def test_pictures_as_bad_as_one_another_are_in_vain_too():
+    wrong = [Scene((RED._replace(colour="black"), BLUE)), Scene((RED, BLUE._replace(size="large")))]
+    goal = "a small red star and a small blue ring"
+    assert after(goal, *wrong, *wrong[:1]).action.kind == "edit"
+    assert after(goal, *wrong, *wrong).action.kind == "generate"
+
+
+def test_what_did_not_help_is_not_asked_for_again_at_once():
+    goal, stuck = "a red star, a blue ring and a black cross", Scene((RED,))
+    first, then = (after(goal, *times * [stuck]).action for times in (1, 2))
+    assert parse_edit(first.prompt).becomes.shape != parse_edit(then.prompt).becomes.shape
+
+
 def unsure(scene: Scene, *cells: int, tidy: bool = True) -> Sight:
     confidence = np.ones((1, CELLS), np.float32)
     confidence[0, list(cells)] = 0.2

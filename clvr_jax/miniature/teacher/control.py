@@ -72,15 +72,15 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
     if not sights:
         stepwise = complicated and rng.random() < policy.stepwise
         return _generate(story, int(rng.integers(1, 4)) if stepwise else 0, rng)
-    best = story.best
+    best, badness = story.best, story.badness
     hopeless = not sights[best].tidy or len(sights[best].faults(goal)) > policy.hopeless
-    vain = len(sights) - 1 - best
+    vain = len(sights) - 1 - badness.index(min(badness))  # pictures since one was better than all
     if hopeless or (vain and vain % policy.patience == 0):
         return _generate(story, goal.count // 2 if complicated else 0, rng)
     found = changes(goal, sights[best], story.plan, rng)
     if not found:
         return _generate(story, 0, rng)
-    edit = found[0]
+    edit = found[vain % len(found)]  # what did not help is not asked for again at once
     if edit.kind == "add" and rng.random() < policy.bring:
         brought = _bring(story, edit)
         if brought:

@@ -12,7 +12,7 @@ class Policy:
         are asked for whole at first, in other words.
       complicated: things from which on a prompt is complicated.
       hopeless: a picture with more faults than this is drawn anew.
-      patience: every so many pictures in vain after the best one, all is drawn anew.
+      patience: every so many pictures that are no better than an earlier one, all is drawn anew.
       bring: share of the missing things that an earlier picture has in a free place which are
         taken from there.
     """
