@@ -13,15 +13,18 @@ NAMES = ("h20x8", "h200x8", "h100x8", "h200x1", "v5e-64", "v6e-32", "v5e-8", "v6
 # device kind as JAX says it, GiB that a program may take, utilisation that a plan assumes
 # GPUs: of what the driver reports, the .9 that launch/cluster/gpu.sh lets JAX take;
 # TPUs: what the compiler says it has
-_CHIPS = {
+_GPUS = {
     "h20": ("NVIDIA H20", 0.9 * 95.6, 0.65),
     "h100": ("NVIDIA H100", 0.9 * 79.6, 0.5),
     "h200": ("NVIDIA H200", 0.9 * 140.4, 0.5),
     "a100": ("NVIDIA A100-SXM4-80GB", 0.9 * 79.3, 0.5),
     "rtx4090": ("NVIDIA GeForce RTX 4090", 0.9 * 23.6, 0.5),
+}
+_TPUS = {
     "v5e": ("TPU v5e", 15.75, 0.5),
     "v6e": ("TPU v6e", 31.25, 0.5),
 }
+_CHIPS = _GPUS | _TPUS
 _SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
 
 
@@ -65,12 +68,13 @@ def parse(name: str) -> Target:
     """
     if name == HERE:
         return here()
-    match = re.fullmatch(r"(h20|h100|h200|a100|rtx4090)x([1-9]\d*)|(v5e|v6e)-([1-9]\d*)", name)
+    gpus, tpus = "|".join(_GPUS), "|".join(_TPUS)
+    match = re.fullmatch(rf"({gpus})x([1-9]\d*)|({tpus})-([1-9]\d*)", name)
     count = int(match[2] or match[4]) if match else 0
     if not match or (match[3] and count not in _SLICES):
         raise ValueError(
-            f"no target {name!r}; choose {', '.join(NAMES)}, other GPUs (a100xN, rtx4090xN), or a "
-            f"TPU slice of {', '.join(map(str, _SLICES))} chips"
+            f"no target {name!r}; choose {', '.join(NAMES)}, another number of {', '.join(_GPUS)}, "
+            f"or a TPU slice of {', '.join(map(str, _SLICES))} chips"
         )
     chip = match[1] or match[3]
     device, gib, mfu = _CHIPS[chip]
