@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from clvr_jax.train import optim
 
@@ -119,6 +120,17 @@ def test_muon_takes_all_features_as_outputs(features, layers):
     flat = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(*layers, 6, columns), tree)
     alone = steps_of(MUON, flat(params), [flat(grads)], stacked)[0]["x"]["kernel"]
     np.testing.assert_allclose(ours.reshape(alone.shape), alone, atol=1e-6)
+
+
+def test_muon_of_kernels_spread_over_devices_is_that_of_whole_ones(mesh_2x2x2):
+    """The iteration multiplies whole matrices, whatever part of them a device holds."""
+    params, *grads = (drawn(seed, kernel=(2, 8, 3, 4)) for seed in range(3))
+    whole = steps_of(MUON, params, grads, ["x"])
+    layout = NamedSharding(mesh_2x2x2, PartitionSpec(None, "fsdp", None, "tensor"))
+    with jax.set_mesh(mesh_2x2x2):
+        parts = steps_of(MUON, *jax.device_put((params, grads), layout), ["x"])
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one["x"]["kernel"], other["x"]["kernel"], atol=2e-6)
 
 
 def test_groups_have_their_own_rate():
