@@ -13,7 +13,7 @@ demo: $(VENV)/.run
 
 # lint, import order, unit tests on 8 simulated devices with shape checks, parity with PyTorch
 test: $(VENV)/.dev lint
-	$(RUN) -m pytest -n $(WORKERS) --jaxtyping-packages=clvr_jax,beartype.beartype -m "not slow"
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal --jaxtyping-packages=clvr_jax,beartype.beartype -m "not slow"
 
 # full-size and long checks: about 25 GB of free disk
 test-slow: $(VENV)/.dev
@@ -35,9 +35,9 @@ $(VENV)/.run: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -q -c .ci/constraints.txt -e .
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.run
+$(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
 	$(RUN) -m pip install -q -c .ci/constraints.txt -e ".[dev,parity]"
-	touch $@
+	touch $(VENV)/.run $@
 
 clean:
 	rm -rf $(VENV) outputs .cache build dist

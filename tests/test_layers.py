@@ -43,13 +43,10 @@ def gradient(remat, inputs):
     return jax.jit(jax.grad(loss))(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "remat",
-    [
-        name if name == "full" else pytest.param(name, marks=pytest.mark.slow)
-        for name in REMAT
-        if name != "none"
-    ],
+    [name for name in REMAT if name != "none"],
 )
 def test_what_is_kept_changes_no_gradient(remat, inputs):
     expected, found = gradient("none", inputs), gradient(remat, inputs)
@@ -85,6 +82,7 @@ def test_unrolled_layers_equal_scanned_ones(inputs):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_layers_traced_at_once_equal_one(inputs):
     params, arrays = inputs
 

@@ -95,6 +95,7 @@ def test_a_batch_that_comes_and_goes_compiles_nothing_new(vlm, compiles):
     assert len(compiles()) <= 2  # how turns meet in the batch varies from run to run
 
 
+@pytest.mark.slow
 def test_reading_turn_by_turn_is_reading_at_once(vlm):
     """Scores after three turns with pictures, across bucket boundaries, pieces of 32 tokens."""
 

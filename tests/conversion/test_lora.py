@@ -135,6 +135,7 @@ def test_ranks_are_shared_or_joined_exactly(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_adapters_equal_merged_kernels(tmp_path):
     path = save(tmp_path / "x.safetensors", named(bfl_factors()))
     adapters = lora.scaled(read(path, ABSTRACT), 0.05)

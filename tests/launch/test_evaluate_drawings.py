@@ -10,7 +10,10 @@ from rich.console import Console
 
 from clvr_jax.closed_loop import Result, Task
 from clvr_jax.data.trajectory import Action, Step, Trajectory
+from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import Picture, rendered
+from clvr_jax.miniature.prompts import Prompt
 from clvr_jax.miniature.scene import Scene, Thing
 from launch import evaluate
 from launch.drawing import folder
@@ -23,6 +26,13 @@ RIGHT = {
     "two blue squares": [Thing(5, "square", "blue", "large"), Thing(9, "square", "blue", "small")],
     "a green star": [Thing(3, "star", "green", "large")],
 }
+
+
+@pytest.fixture(autouse=True)
+def lists(monkeypatch):
+    """The fixed lists hold one of the goals here: to make thousands of prompts takes a minute."""
+    known = Prompt(GOALS[0], parse_prompt(GOALS[0]), "colour", 1.0)
+    monkeypatch.setattr(drawings, "prompts", lambda split: (known,) if split is Split.DEV else ())
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +93,7 @@ def test_answers_are_judged_and_compared(arms):
     assert [loop["budgets"][n]["passed"].passed for n in "128"] == [2, 2, 2]
     assert loop["budgets"]["1"]["pictures"] == 1.0 and single["budgets"] == {}
     assert sum(rate.trials for g, rate in loop["groups"].items() if g.startswith("tier")) == 3
+    assert (loop["groups"]["colour"].trials, loop["groups"]["other"].trials) == (1, 2)
 
 
 def test_only_shared_prompts_are_compared(arms, tmp_path, pictures):

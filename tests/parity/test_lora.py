@@ -95,6 +95,7 @@ def test_our_bfl_file_loads_in_diffusers(tmp_path):
     compare(adapters, pipe)
 
 
+@pytest.mark.slow
 def test_ranks_that_differ_load_in_diffusers(tmp_path):
     adapters = trained("single_blocks", rank=2) | trained("double_blocks|img_in", rank=5)
     write(tmp_path / "x.safetensors", adapters, abstract_params(model()[0]))
