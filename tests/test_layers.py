@@ -44,10 +44,7 @@ def gradient(remat, inputs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "remat",
-    [name for name in REMAT if name != "none"],
-)
+@pytest.mark.parametrize("remat", [name for name in REMAT if name != "none"])
 def test_what_is_kept_changes_no_gradient(remat, inputs):
     expected, found = gradient("none", inputs), gradient(remat, inputs)
     for path, leaf in tree.flatten(found).items():

@@ -61,7 +61,7 @@ class Target:
 def parse(name: str) -> Target:
     """Return the target of a name.
 
-    Names are `h20x8` (any number of h20, h100, h200, a100, rtx4090), `v5e-64` (any slice), `here`.
+    Names are `h20x8` (any number of any of `_GPUS`), `v5e-64` (any slice), `here`.
 
     Raises:
       ValueError: there is no such target.

@@ -32,7 +32,7 @@ from launch.training.stage import Data, Stage
 
 __all__ = ["data", "find", "networks", "stage"]
 
-_LAYERS = 8  # traced at once: loops over such small layers cost a fifth of the time
+LAYERS = 8  # traced at once: loops over such small layers cost a fifth of the time
 _KLEIN = ("transformer", "text_encoder")  # trained together
 _TASKS = ("prompts", "edits", "brings")  # with no, one and two references
 _WHOLE = 0.05  # share of the VAE's steps that see whole pictures
@@ -42,7 +42,7 @@ _VERSION = 3  # of what the samples are; another one is other data
 def networks(config: Any, weights: build.Weights) -> generation.Networks:
     """Return the networks as they train; see `image.networks`."""
     nets = image.networks(config, weights)
-    fields = {"implementation": nets.transformer.implementation, "scan": _LAYERS}
+    fields = {"implementation": nets.transformer.implementation, "scan": LAYERS}
     transformer = Transformer(nets.transformer.cfg, remat=config.remat, **fields)
     return dataclasses.replace(
         nets, transformer=transformer, text_encoder=Decoder(nets.text_encoder.cfg, **fields)

@@ -28,7 +28,6 @@ __all__ = ["data", "find", "networks", "stage"]
 Drawn = tuple[Example, list[Picture]]
 _PARTS = 4  # rows of short lessons alone that are as long as one with a story
 _LEAST = 160  # tokens of the longest short lesson, about
-_LAYERS = 8  # traced at once, as in `world`
 _TRIES = 1000  # for a lesson that is short enough
 _VERSION = 3  # of what the lessons are; another one is other data
 
@@ -37,7 +36,9 @@ def networks(config: Any, weights: Component | None) -> Networks:
     """Return the networks as they train; see `vlm.networks`."""
     nets = vlm.networks(config, weights)
     return dataclasses.replace(
-        nets, language=nets.language.clone(scan=_LAYERS), vision=nets.vision.clone(scan=_LAYERS)
+        nets,
+        language=nets.language.clone(scan=world.LAYERS),
+        vision=nets.vision.clone(scan=world.LAYERS),
     )
 
 

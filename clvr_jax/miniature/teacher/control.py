@@ -80,7 +80,7 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
     found = changes(goal, sights[best], story.plan, rng)
     if not found:
         return _generate(story, 0, rng)
-    edit = found[vain % len(found)]  # what did not help is not asked for again at once
+    edit = found[vain % len(found)]  # not the same again at once, unless equals are shuffled so
     if edit.kind == "add" and rng.random() < policy.bring:
         brought = _bring(story, edit)
         if brought:
