@@ -45,6 +45,13 @@ def test_repeated_sizes_must_agree():
         from_json(values | {"hidden_size": 33})
 
 
+def test_tokens_are_named_where_the_vocabulary_has_them():
+    """transformers warns of numbers beyond it at every load."""
+    tokens = {"bos_token_id", "eos_token_id"}
+    assert not tokens & to_json(TINY)["text_config"].keys()
+    assert tokens <= to_json(VARIANTS["qwen3_vl_8b"])["text_config"].keys()
+
+
 @pytest.mark.parametrize("write", [to_json, transformers_5])
 def test_no_size_has_a_default(write):
     """The defaults of transformers' classes match no released model."""

@@ -8,6 +8,7 @@ from clvr_jax.models.config import Fields
 
 KLEIN_LAYERS = (9, 18, 27)  # hidden states that klein reads: after this many layers
 STACKED = ("layers",)  # roots whose leaves carry a leading layer axis
+_TOKENS = {"bos_token_id": 151643, "eos_token_id": 151645}  # of Qwen's own vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +185,6 @@ def to_json(cfg: Qwen3Config) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "use_sliding_window": False,
         "tie_word_embeddings": cfg.tied,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
+        **(_TOKENS if cfg.vocab > max(_TOKENS.values()) else {}),  # a small vocabulary has its own
         **({} if cfg.features == KLEIN_LAYERS else {FEATURES: list(cfg.features)}),
     }
