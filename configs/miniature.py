@@ -5,16 +5,17 @@ python -m launch.train --config=configs/miniature.py:vae --workdir=runs/vae \
   --config.weights=FOLDER                                           # one of them
 
 Variants: `vae`; `klein` (transformer and text encoder, together; the VAE is frozen); `klein_more`
-(the same, on from weights that `klein` left); `vlm` (reading pictures). Nothing is read from a disk
-but the first weights, which `launch.miniature` draws at random: a row of a step is a number, and
-all of it comes from that and the seed.
+and `klein_long` (the same, on from weights that the one before left; the last with room for prompts
+that say all of a full picture); `vlm` (reading pictures). Nothing is read from a disk but the first
+weights, which `launch.miniature` draws at random: a row of a step is a number, and all of it comes
+from that and the seed.
 """
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "vlm": 6000}
-_ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "vlm": 3}
-_RATE = {"vae": 3e-3, "klein": 3e-3, "klein_more": 2e-3, "vlm": 2e-3}
+_STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "klein_long": 4000, "vlm": 3600}
+_ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "klein_long": 32, "vlm": 3}
+_RATE = {"vae": 3e-3, "klein": 3e-3, "klein_more": 2e-3, "klein_long": 2e-3, "vlm": 2e-3}
 
 
 def get_config(variant: str = "klein") -> mlc.ConfigDict:
@@ -31,7 +32,8 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     c.steps = _STEPS[variant]
     c.data = section(train="train", validation="", threads=1)  # splits of the world
     if klein:
-        c.text = (32, 48, 112)  # text lengths; a prompt takes the smallest that it fits into
+        # text lengths; a prompt takes the smallest that it fits into
+        c.text = (32, 56, 144) if variant == "klein_long" else (32, 48, 112)
         # steps of a round: prompts, edits, edits with a second reference
         c.tasks = section(prompts=8, edits=5, brings=2)
         c.times = section(distribution="logit_normal", mean=0.0, std=1.2)

@@ -3,7 +3,7 @@
   python -m launch.miniature --out=outputs/miniature [--preset=quick]
 
 Each stage is a run of `launch.train` in a folder of its own; a stage that is finished is not done
-again, one that was interrupted goes on from its last checkpoint. At the end `OUT/klein_more` is a
+again, one that was interrupted goes on from its last checkpoint. At the end `OUT/klein_long` is a
 pipeline as diffusers writes it, `OUT/vlm` a model as transformers does, and `OUT/weights` has both
 in bfloat16.
 """
@@ -19,7 +19,7 @@ _PRESET = flags.DEFINE_enum("preset", "full", ["full", "quick"], "how long each 
 _STAGES = flags.DEFINE_list(
     "stages",
     [],
-    "only these, with commas between: begin, vae, klein, klein_more, vlm_begin, vlm, weights",
+    "only these of begin, vae, klein, klein_more, klein_long, vlm_begin, vlm, weights; with commas",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of first weights and data")
 

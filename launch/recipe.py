@@ -26,7 +26,7 @@ from launch.pictures import write_text
 # optimiser steps of each training by preset; "full" has those of configs/miniature.py
 STEPS: dict[str, dict[str, int]] = {
     "full": {},
-    "quick": {"vae": 800, "klein": 1200, "klein_more": 600, "vlm": 1000},
+    "quick": {"vae": 800, "klein": 1200, "klein_more": 600, "klein_long": 300, "vlm": 1000},
 }
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
@@ -60,6 +60,7 @@ class Recipe:
             "vae": self.vae,
             "klein": self.klein,
             "klein_more": self.klein_more,
+            "klein_long": self.klein_long,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
             "weights": self.weights,
@@ -160,11 +161,16 @@ class Recipe:
         run = self._train("klein_more", self.out / "klein", seed=self.seed + 1)
         self._exported(folder, run)
 
+    def klein_long(self, folder: Path) -> None:
+        """Train both once more from their moving averages, with longer texts."""
+        run = self._train("klein_long", self.out / "klein_more", seed=self.seed + 2)
+        self._exported(folder, run)
+
     def weights(self, folder: Path) -> None:
         """Write both once more in bfloat16, as they come with the package."""
         with aside(folder) as partial:
             partial.mkdir()
-            for name, stage in (("klein", "klein_more"), ("vlm", "vlm")):
+            for name, stage in (("klein", "klein_long"), ("vlm", "vlm")):
                 self._exported(partial / name, self.out / stage, "--dtype=bfloat16")
 
     def _fresh(self, *names: str) -> dict[str, tuple[Any, Any]]:

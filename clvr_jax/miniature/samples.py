@@ -18,7 +18,6 @@ from clvr_jax.miniature.scene import CELLS, SIZES, Scene, Thing
 ROUND = 2**20  # rows of a round at most
 FULLEST = 0.8  # largest share of cells with a thing where only pictures are learnt
 DESCRIBED = 0.25  # share of prompts that say all there is to say
-_FEW = 4  # things of such a picture at most: what a prompt of several sentences has room for
 # kinds of edits, as often as drawn: what must keep a shape that no word names is learnt last
 _EDITS = (*edits.KINDS, "recolour", "move", "resize")
 
@@ -117,7 +116,7 @@ def _described(rng: np.random.Generator, split: Split) -> tuple[prompts.Prompt, 
     """A prompt that says all of some things of a picture, and a scene of these alone."""
     while True:
         _, scene = prompts.sample(rng, split=split)
-        count = min(len(scene.things), int(rng.integers(1, _FEW + 1)))
+        count = int(rng.integers(1, len(scene.things) + 1))
         part = Scene(tuple(shuffle(rng, scene.things)[:count]))
         prompt = prompts.describe(part, rng, detail=1.0)
         if held_out.split_of(prompt.goal, prompt.text) is split:

@@ -36,7 +36,7 @@ LAYERS = 8  # traced at once: loops over such small layers cost a fifth of the t
 _KLEIN = ("transformer", "text_encoder")  # trained together
 _TASKS = ("prompts", "edits", "brings")  # with no, one and two references
 _WHOLE = 0.05  # share of the VAE's steps that see whole pictures
-_VERSION = 3  # of what the samples are; another one is other data
+_VERSION = 4  # of what the samples are; another one is other data
 
 
 def networks(config: Any, weights: build.Weights) -> generation.Networks:
