@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     )
     some = benchmarks.add_parser("prompts", help="print the prompts of a split, a line each")
-    some.add_argument("--split", default="test", choices=("test", "dev", "held_out"))
-    some.add_argument("--count", type=int, default=0, help="of each kind; 0: all")
+    some.add_argument("--split", default="test", choices=("test", "dev", "held_out", "train"))
+    some.add_argument("--count", type=int, default=0, help="of each kind; 0: all, if it has an end")
     ways = benchmarks.add_parser(
         "drawings", help="folders of launch.generate compared, prompt by prompt"
     )
@@ -132,6 +132,10 @@ def _prompts(options: argparse.Namespace) -> int:
     from clvr_jax.miniature.held_out import Split
     from launch.evaluation import miniature
 
+    if options.count < 0 or (options.split == "train" and not options.count):
+        raise ValueError(
+            f"--count={options.count}; give a number of prompts, or 0 for all, which train has not"
+        )
     for _, prompt in miniature.chosen(Split(options.split), options.count):
         print(prompt.text)
     return 0

@@ -9,7 +9,12 @@ from clvr_jax.miniature.held_out import Split, plain
 from clvr_jax.miniature.prompts import Prompt, sample
 
 COUNTS = {Split.TEST: 200, Split.DEV: 50, Split.HELD_OUT: 90}  # prompts of each kind
-_SEEDS = {Split.TEST: 20_260_001, Split.DEV: 20_260_002, Split.HELD_OUT: 20_260_003}
+_SEEDS = {
+    Split.TEST: 20_260_001,
+    Split.DEV: 20_260_002,
+    Split.HELD_OUT: 20_260_003,
+    Split.TRAIN: 20_260_004,
+}
 
 
 @functools.cache
@@ -26,12 +31,20 @@ def prompts(split: Split) -> tuple[Prompt, ...]:
     if split not in COUNTS:
         raise ValueError(
             f"the {split.value} split has no fixed list, its prompts are drawn without end: "
-            "prompts.sample(rng)"
+            "prompts.sample(rng), or training(count)"
         )
     kinds = HELD_OUT_KINDS if split is Split.HELD_OUT else KINDS
     found: dict[str, Prompt] = {}
     for kind in kinds:
         extend(found, split, kind, COUNTS[split])
+    return tuple(found.values())
+
+
+def training(count: int) -> tuple[Prompt, ...]:
+    """Return so many training prompts of each kind, always the same ones, none twice."""
+    found: dict[str, Prompt] = {}
+    for kind in KINDS:
+        extend(found, Split.TRAIN, kind, count)
     return tuple(found.values())
 
 

@@ -139,6 +139,11 @@ def test_prompts_are_printed_for_drawing(capsys):
     assert evaluate.main(["prompts", "--split=dev", "--count=2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 24 == len(set(lines))
+    assert evaluate.main(["prompts", "--split=train", "--count=1"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 12
+    with pytest.raises(SystemExit):
+        evaluate.main(["prompts", "--split=train"])
+    assert "--count=0; give a number" in capsys.readouterr().err
 
 
 def test_pictures_of_other_sizes_are_refused(tmp_path, pictures):

@@ -139,6 +139,10 @@ def test_splits_are_disjoint():
 def test_training_prompts_have_no_list():
     with pytest.raises(ValueError, match="without end"):
         splits.prompts(Split.TRAIN)
+    listed = splits.training(3)
+    assert [p.kind for p in listed] == [kind for kind in prompts.KINDS for _ in range(3)]
+    assert all(held_out.split_of(p.goal, p.text) is Split.TRAIN for p in listed)
+    assert len({held_out.plain(p.text) for p in listed}) == len(listed)
 
 
 def test_scenes_of_any_number():
