@@ -5,11 +5,10 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
-from scipy import stats
 
 Results = Sequence[bool] | Bool[np.ndarray, "n"]
 
@@ -68,7 +67,7 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, flo
         raise ValueError(f"{successes} successes of {trials} trials; give from 0 to all of them")
     if not trials:
         return 0.0, 1.0
-    interval = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    interval = _binomtest(successes, trials).proportion_ci(level, method="wilson")
     return float(interval.low), float(interval.high)
 
 
@@ -83,7 +82,7 @@ def mcnemar(a: Results, b: Results) -> float:
     _, only_a, only_b, _ = _table(a, b)
     if not only_a + only_b:
         return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    return float(_binomtest(only_a, only_a + only_b).pvalue)
 
 
 def paired_difference(a: Results, b: Results, level: float = 0.95) -> Difference:
@@ -145,3 +144,10 @@ def _table(a: Results, b: Results) -> tuple[int, int, int, int]:
 def _check(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"the level is {level}; it lies between 0 and 1, e.g. 0.95")
+
+
+def _binomtest(successes: int, trials: int) -> Any:
+    """The test of a fair coin; scipy takes a second to import, and pages need only `Rate`."""
+    from scipy import stats
+
+    return stats.binomtest(successes, trials)
