@@ -50,9 +50,10 @@ def check(component: Component, source: Source, allow: str = "") -> Check:
       source: its opened checkpoint.
       allow: regular expression (re.search) of unexpected names to ignore; empty for none.
     """
-    if isinstance(source, RunSource):
+    if component.base is not None:
         result = check(component.base, source.base, allow)
-        result.wrong += differences(component, source)
+        if isinstance(source, RunSource):
+            result.wrong += differences(component, source)
         return result
     if isinstance(source, OrbaxSource):
         needed = {

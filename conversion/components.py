@@ -93,11 +93,12 @@ class Component:
 
     Attributes:
       name: transformer, vae, text_encoder or vlm.
-      layout: "orbax", "diffusers" (a folder of diffusers or transformers), "bfl" or "run".
+      layout: "orbax", "diffusers" (a folder of diffusers or transformers), "bfl", "run", or
+        "adapters" (PEFT's folder).
       path: the folder or file with its tensors.
       config: its sizes.
       text: its config.json as found, empty where none was.
-      base: of a run, what its training began from.
+      base: of a run, what its training began from; of adapters, what they are added to.
       step: of a run, which checkpoint; None for the newest.
     """
 
@@ -140,6 +141,11 @@ class Component:
         """Return its rule table in a file layout."""
         return self.kind.table(self.config, layout)
 
+    @property
+    def tables(self) -> list[Table]:
+        """Its rule tables in all layouts of files."""
+        return [self.table(layout) for layout in self.kind.layouts]
+
     def open(self) -> Any:
         """Return its checkpoint as a `Source`.
 
@@ -149,6 +155,11 @@ class Component:
         from clvr_jax.weights import SafetensorsReader
         from conversion.sources import MappedSource, OrbaxSource
 
+        if self.layout == "adapters":
+            from conversion.lora import read
+            from conversion.lora.merged import MergedSource
+
+            return MergedSource(self.base.open(), read(self.path, self.abstract(), self.tables))
         if self.base is not None:
             from conversion.runs import RunSource
 

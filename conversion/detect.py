@@ -9,6 +9,7 @@ from typing import Any
 import clvr_jax
 from conversion import hub, infer, runs
 from conversion.components import KINDS, Component, recognise
+from conversion.lora.dialects import ADAPTER_CONFIG
 
 PIPELINES = ("Flux2KleinPipeline", "Flux2KleinKVPipeline", "Flux2KleinInpaintPipeline")
 MANIFEST = "clvr.json"
@@ -69,6 +70,8 @@ def find(
         path = Path(clvr_jax.__file__).parent / "miniature" / "weights" / SHIPPED[str(source)]
     if at := runs.place(path):
         return _run(at, wanted, complete)
+    if (path / ADAPTER_CONFIG).exists():
+        return _adapted(path, wanted, complete)
     if not path.exists():
         if not hub.is_repo_id(str(source)):
             raise FileNotFoundError(
@@ -138,6 +141,30 @@ def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
     manifest = {key: record[key] for key in ("conditioning", "pattern") if key in record}
     step = "newest checkpoint" if at.step is None else f"step {at.step}"
     return Found(f"run ({step}) over {base.kind}", at.folder, components, base.shared, manifest)
+
+
+def _adapted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:
+    """PEFT's folder: adapters of a transformer or a Qwen3-VL, and the model that they name."""
+    weights = _json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(weights, str) or not weights:
+        raise ValueError(
+            f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {weights!r}; write the folder or "
+            "repository id of the model there that the adapters are added to"
+        )
+    try:
+        base = find(weights, wanted, complete=complete)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} adapts {weights}: {error}") from error
+    components = dict(base.components)
+    adapted = [name for name in ("transformer", "vlm") if name in components]
+    if not adapted and wanted is None:
+        raise ValueError(f"{path} adapts {weights}, a {base.kind} with neither klein nor Qwen3-VL")
+    for name in adapted:
+        below = components[name]
+        components[name] = dataclasses.replace(below, layout="adapters", path=path, base=below)
+    kept = {key: base.manifest[key] for key in ("conditioning", "pattern") if key in base.manifest}
+    manifest = kept | _recorded(path)
+    return Found(f"adapters over {base.kind}", path, components, base.shared, manifest)
 
 
 def _pipeline(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:

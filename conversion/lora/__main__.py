@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """\
-Convert LoRA files of FLUX.2 klein, both ways.
+Convert LoRA files of FLUX.2 klein and Qwen3-VL, both ways.
 
 SOURCE is a LoRA safetensors file (diffusers, PEFT, BFL, ai-toolkit, kohya, musubi), a folder that
 holds one, adapters saved here, or a training run (or checkpoints/STEP in it) that trained adapters.
@@ -18,7 +18,14 @@ WEIGHTS is the model that they belong to.
   python -m conversion.lora style.safetensors adapters/style --weights=weights/klein_4b
   python -m conversion.lora adapters/style style.safetensors --to=peft --weights=klein_4b
   python -m conversion.lora style.safetensors weights/styled --to=merged --weights=weights/klein_4b
+  python -m conversion.lora runs/vlm adapters/vlm --to=peft --weights=Qwen/Qwen3-VL-8B-Instruct
+
+A TARGET of --to=peft that does not end in .safetensors is PEFT's own folder. It names WEIGHTS as
+its base, and every command takes it for the adapted model: --weights=adapters/vlm.
 """
+
+
+_ADAPTED = ("transformer", "vlm")  # components whose adapters are known
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,58 +54,97 @@ def _run(arguments: argparse.Namespace) -> None:
     target = arguments.target
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or name another target")
-    found, abstract = _model(arguments.weights, arguments.to)
-    adapters = _adapters(arguments.source, abstract)
-    adapters = lora.scaled(adapters, arguments.scale)
+    found, model = _model(arguments.weights)
+    to = "folder" if arguments.to == "peft" and target.suffix != ".safetensors" else arguments.to
+    if found is None and to in ("folder", "merged"):
+        what = "merging" if to == "merged" else "PEFT's folder, which names its base,"
+        raise ValueError(
+            f"--weights={arguments.weights} names sizes; {what} needs a model's folder"
+        )
+    if model.name == "vlm" and to not in ("adapters", "folder"):
+        raise ValueError(
+            f"adapters of a Qwen3-VL are written as PEFT's folder: --to=peft and a TARGET without "
+            f"ending, given --to={arguments.to} {target}; python -m conversion merges such a folder"
+        )
+    adapters = lora.scaled(_adapters(arguments.source, model), arguments.scale)
     ranks = lora.ranks(adapters)
     for path, rank in ranks.items():
         print(f"{path}: rank {rank}")
     print(f"{len(ranks)} adapted kernels, {count(adapters):,} parameters")
-    if arguments.to == "adapters":
+    dtype = np.dtype(_dtype(arguments.dtype))
+    if to == "adapters":
         from clvr_jax.checkpoint import save
 
         save(target, adapters)
-    elif arguments.to == "merged":
+    elif to == "merged":
         from conversion.lora.merged import write_merged
         from conversion.progress import Progress
 
         origin = f"{arguments.source} x {arguments.scale:g}"
         write_merged(target, found, adapters, Progress(), origin)
+    elif to == "folder":
+        _write_folder(arguments, adapters, model, dtype)
     else:
-        write(target, adapters, abstract, arguments.to, np.dtype(_dtype(arguments.dtype)))
+        write(target, adapters, model.abstract(), to, dtype)
     print(f"wrote {target}")
 
 
-def _model(weights: str, to: str) -> tuple[Any, Any]:
-    """What is at the weights (None for a variant's name), and the transformer's shapes."""
-    from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS
-    from clvr_jax.models.flux2.transformer import abstract_params
+def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtype: Any) -> None:
+    """Write PEFT's folder, and how the inputs of a run's adapters are made."""
+    import json
+    import shutil
+
+    from conversion import runs
+    from conversion.detect import CONDITIONING
+    from conversion.lora.files import write_folder
+    from conversion.output import finish, free
+
+    partial, table = free(arguments.target), model.table("diffusers")
+    partial.mkdir(parents=True)
+    try:
+        write_folder(partial, adapters, model.abstract(), table, arguments.weights, dtype)
+        at = runs.place(arguments.source)
+        recorded = at.record().get("conditioning") if at else None
+        if recorded:
+            text = json.dumps(recorded, indent=2, sort_keys=True) + "\n"
+            (partial / CONDITIONING).write_text(text)
+        finish(partial, arguments.target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _model(weights: str) -> tuple[Any, Any]:
+    """What is at the weights, None for a variant's name; and its transformer or Qwen3-VL."""
+    from conversion.components import KINDS, Component
     from conversion.detect import find
 
-    if weights in TRANSFORMER_VARIANTS and not Path(weights).exists():
-        if to == "merged":
-            raise ValueError(f"--weights={weights} names sizes; merging needs a model's folder")
-        return None, abstract_params(TRANSFORMER_VARIANTS[weights])
-    found = find(weights, None if to == "merged" else ("transformer",))
-    if "transformer" not in found.components:
-        raise ValueError(f"{weights} is a {found.kind} without a transformer")
-    return found, found.components["transformer"].abstract()
+    for name in _ADAPTED:
+        if weights in KINDS[name].variants and not Path(weights).exists():
+            config = KINDS[name].variants[weights]
+            return None, Component(name, "diffusers", Path(weights), config)
+    found = find(weights)
+    for name in _ADAPTED:
+        if name in found.components:
+            return found, found.components[name]
+    raise ValueError(f"{weights} is a {found.kind} with neither klein's transformer nor Qwen3-VL")
 
 
-def _adapters(source: Path, abstract: Any) -> Any:
+def _adapters(source: Path, model: Any) -> Any:
     """Adapters of a LoRA file, saved ones, or those of a training run."""
     from conversion import runs
     from conversion.lora import read
 
     if at := runs.place(source):
         component = at.record()["component"]
-        if component != "transformer":
-            raise ValueError(f"{source} trained a {component}; LoRA files are of a transformer")
+        if component != model.name:
+            raise ValueError(
+                f"{source} trained a {component}; --weights is the model of a {model.name}"
+            )
         return runs.adapters(at)
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; expected a LoRA file or saved adapters")
     if source.is_file() or any(source.glob("*.safetensors")):
-        return read(source, abstract)
+        return read(source, model.abstract(), model.tables)
     from clvr_jax.checkpoint import ParamsReader
     from clvr_jax.tree import unflatten
 
@@ -127,15 +173,15 @@ def _parser() -> argparse.ArgumentParser:
         "--to",
         choices=("adapters", "peft", "bfl", "merged"),
         default="adapters",
-        help="adapters for this project (default), a LoRA file for diffusers (peft) or for tools "
-        "with BFL's names (bfl), or the model with the adapters merged into it",
+        help="adapters for this project (default), a LoRA file for diffusers or a folder for PEFT "
+        "(peft), a file for tools with BFL's names (bfl), or klein with the adapters merged",
     )
     parser.add_argument(
         "--weights",
         required=True,
         metavar="MODEL",
-        help="the model: folder, file or repository id; klein_4b or klein_9b where only sizes are "
-        "needed (not for merged)",
+        help="the model: folder, file or repository id; klein_4b, klein_9b or qwen3_vl_8b where "
+        "only sizes are needed (not for merged and PEFT's folder)",
     )
     parser.add_argument(
         "--scale", type=_finite, default=1.0, help="multiplies the effect (default: 1)"

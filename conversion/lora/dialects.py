@@ -18,6 +18,7 @@ from typing import Any
 
 from clvr_jax.weights import WeightsError
 
+ADAPTER_CONFIG, ADAPTER_MODEL = "adapter_config.json", "adapter_model.safetensors"  # PEFT's folder
 METADATA = "lora_adapter_metadata"  # diffusers' key in the safetensors header
 
 _PREFIX = re.compile(r"^(base_model\.model\.|model\.)?(transformer\.|diffusion_model\.)?")
@@ -60,7 +61,9 @@ def parse(keys: Iterable[str], modules: Collection[str], file: str) -> dict[str,
         match = _KEY.fullmatch(key)
         if match is None:
             raise WeightsError(file, key, "no LoRA tensor", f"a name with {_NAMES}, or .alpha")
-        name = _PREFIX.sub("", match["module"], count=1)
+        name = match["module"]
+        if name not in modules:  # Qwen3-VL's own names begin with what is a prefix elsewhere
+            name = _PREFIX.sub("", name, count=1)
         module = name if name in modules else flat.get(_FLAT_PREFIX.sub("", name, count=1))
         if module is None:
             raise WeightsError(file, key, *_unknown(name, modules))

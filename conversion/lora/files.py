@@ -1,5 +1,7 @@
 """LoRA files of every dialect to adapter trees, and adapter trees to files that others load.
 
+Adapters are of klein's transformer unless other rule tables are given.
+
 Module names, shapes, fusions and swapped halves are those of the weights' own rule tables. A module
 that a file stores fused is cut into our parts, and parts that a file stores apart are joined, as
 `factors` does it: exactly, whatever the ranks.
@@ -21,28 +23,31 @@ from clvr_jax.typing import Params
 from clvr_jax.weights import SafetensorsReader, WeightsError, write_safetensors
 from conversion.flux2 import BFL, DIFFUSERS
 from conversion.lora import dialects
+from conversion.lora.dialects import ADAPTER_CONFIG, ADAPTER_MODEL
 from conversion.lora.factors import Factors, cut, join
 from conversion.rules import Bound, Entry, Table, Target
 
+KLEIN = (DIFFUSERS, BFL)
 _WRITTEN = {"peft": (DIFFUSERS, "transformer."), "bfl": (BFL, "diffusion_model.")}
 
 
-def read(path: str | Path, abstract: Params) -> Params:
-    """Read a LoRA file of any dialect as float32 adapters of the transformer.
+def read(path: str | Path, abstract: Params, tables: Sequence[Table] = KLEIN) -> Params:
+    """Read a LoRA file of any dialect as float32 adapters.
 
     alpha / rank is folded into `b`. Layers of a stacked kernel that the file does not adapt are
     zero, and smaller ranks are padded with zeros.
 
     Args:
       path: a safetensors file, or a folder that holds one.
-      abstract: the transformer's parameters, or their shapes.
+      abstract: the model's parameters, or their shapes.
+      tables: its rule tables, a name of each module in each.
 
     Raises:
       WeightsError: a tensor is not a LoRA factor of this model's linear layers, lacks its other
         half, has the wrong shape or values that are not finite, or two tensors adapt one kernel.
     """
     file = _the_file(Path(path))
-    entries = [entry for table in (DIFFUSERS, BFL) for entry in _linear(table, abstract)]
+    entries = [entry for table in tables for entry in _linear(table, abstract)]
     shapes = {_module(s): entry.source_shape for entry in entries for s in entry.sources}
     with SafetensorsReader(file) as reader:
         keys = dialects.parse(reader.tensors, shapes, str(file))
@@ -90,6 +95,45 @@ def write(
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"a LoRA is written as one file; name it .safetensors: {path}")
     table, prefix = _WRITTEN[dialect]
+    tensors, ranks = _tensors(adapters, abstract, table, prefix, dtype, str(path))
+    config = {f"transformer.{key}": value for key, value in _lora_config(ranks).items()}
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _write(Path(path), tensors, {dialects.METADATA: text} if dialect == "peft" else None)
+
+
+def write_folder(
+    folder: Path,
+    adapters: Params,
+    abstract: Params,
+    table: Table,
+    base: str,
+    dtype: Any = np.float32,
+) -> None:
+    """Write adapters as PEFT's own folder, which PEFT loads and `--weights` takes.
+
+    Args:
+      folder: is there, and empty.
+      adapters: of the model.
+      abstract: its parameters, or their shapes.
+      table: its rule table in the layout of diffusers or transformers.
+      base: folder or hub id of the model, for those who load the adapters.
+      dtype: of the tensors.
+
+    Raises:
+      ValueError: adapters do not fit the parameters, are zero everywhere or beyond the type.
+    """
+    prefix = "base_model.model."
+    tensors, ranks = _tensors(adapters, abstract, table, prefix, dtype, str(folder))
+    _write(folder / ADAPTER_MODEL, tensors, {"format": "pt"})
+    config = {"base_model_name_or_path": base, "bias": "none", **_lora_config(ranks)}
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / ADAPTER_CONFIG).write_text(text)
+
+
+def _tensors(
+    adapters: Params, abstract: Params, table: Table, prefix: str, dtype: Any, what: str
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The tensors of a file by name, and the rank of each module."""
     kernels, pairs = flatten(abstract), lora.pairs(adapters)
     for name, (a, b) in pairs.items():
         if f"{name}/kernel" not in kernels:
@@ -109,14 +153,17 @@ def write(
             tensors[f"{prefix}{_module(source)}.lora_A.weight"] = a.T
             tensors[f"{prefix}{_module(source)}.lora_B.weight"] = b
     if not tensors:
-        raise ValueError(f"{path}: the adapters are zero everywhere; there is nothing to write")
+        raise ValueError(f"{what}: the adapters are zero everywhere; there is nothing to write")
     with np.errstate(over="ignore"):  # what overflows is refused below, by name
         tensors = {key: np.ascontiguousarray(value, dtype) for key, value in tensors.items()}
     for key, tensor in tensors.items():
-        _check_finite(key, tensor, str(path))
+        _check_finite(key, tensor, what)
+    return tensors, ranks
+
+
+def _write(file: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None) -> None:
     specs = {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
-    metadata = {dialects.METADATA: _lora_config(ranks)} if dialect == "peft" else None
-    write_safetensors(path, specs, tensors.items(), metadata=metadata)
+    write_safetensors(file, specs, tensors.items(), metadata=metadata)
 
 
 def _the_file(path: Path) -> Path:
@@ -132,8 +179,8 @@ def _the_file(path: Path) -> Path:
 
 def _config(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     """PEFT's LoraConfig: in the header as diffusers keeps it, or beside the file as PEFT does."""
-    beside = file.with_name("adapter_config.json")
-    if file.name == "adapter_model.safetensors" and beside.exists():
+    beside = file.with_name(ADAPTER_CONFIG)
+    if file.name == ADAPTER_MODEL and beside.exists():
         return dialects.parse_config(beside.read_text(), str(beside))
     config = dialects.parse_config(metadata.get(dialects.METADATA, "{}"), str(file))
     prefix = "transformer."
@@ -141,9 +188,10 @@ def _config(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
 
 
 def _linear(table: Table, abstract: Params) -> list[Entry]:
-    """The entries of a table whose targets are kernels of linear layers."""
+    """The entries of a table whose targets are kernels of linear layers, not of convolutions."""
     is_kernel = lambda entry: all(t.path.endswith("/kernel") for t in entry.targets)
-    return [entry for entry in Bound(table, abstract).entries if is_kernel(entry)]
+    entries = filter(is_kernel, Bound(table, abstract).entries)
+    return [entry for entry in entries if len(entry.source_shape) == 2]
 
 
 def _module(source: str) -> str:
@@ -239,11 +287,11 @@ def _layer(pair: tuple[Any, Any] | None, target: Target) -> Factors:
     return a[:, kept], b[kept]
 
 
-def _lora_config(ranks: Mapping[str, int]) -> str:
+def _lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
     """What diffusers writes of PEFT's LoraConfig: the most common rank, and the others by name."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != common}
-    config = {
+    return {
         "peft_type": "LORA",
         "r": common,
         "lora_alpha": common,
@@ -253,4 +301,3 @@ def _lora_config(ranks: Mapping[str, int]) -> str:
         "lora_bias": False,
         "use_dora": False,
     }
-    return json.dumps({f"transformer.{k}": v for k, v in config.items()}, indent=2, sort_keys=True)

@@ -22,20 +22,20 @@ from conversion.sources import Source, fingerprint
 
 
 class MergedSource:
-    """A transformer's checkpoint with `a @ b` added to its kernels in float32, rounded once.
+    """A checkpoint with `a @ b` added to its kernels in float32, rounded once.
 
     Args:
-      source: the checkpoint.
+      base: the checkpoint.
       adapters: an adapter tree that fits it.
     """
 
-    def __init__(self, source: Source, adapters: Params):
-        self._source = source
+    def __init__(self, base: Source, adapters: Params):
+        self.base = base
         self._adapters = lora.pairs(adapters)
 
     def read(self, path: str, layer: int | None) -> Lazy:
         """Return a leaf; see `Source`."""
-        leaf = self._source.read(path, layer)
+        leaf = self.base.read(path, layer)
         name, _, kind = path.rpartition("/")
         if kind != "kernel" or name not in self._adapters:
             return leaf
@@ -54,18 +54,18 @@ class MergedSource:
 
     def non_finite(self, path: str, layer: int | None) -> Exception:
         """Return the error that names a leaf with non-finite values; see `Source`."""
-        if not is_finite(self._source.read(path, layer)):
-            return self._source.non_finite(path, layer)
+        if not is_finite(self.base.read(path, layer)):
+            return self.base.non_finite(path, layer)
         name = path if layer is None else f"{path}, layer {layer}"
         return WeightsError("the merged weights", name, "values beyond its type", "finite values")
 
     def release(self) -> None:
         """Give back the memory of what was read."""
-        self._source.release()
+        self.base.release()
 
     def close(self) -> None:
         """Close the files; see `Source`."""
-        self._source.close()
+        self.base.close()
 
 
 def write_merged(
@@ -122,7 +122,9 @@ def _transformer(found: Found) -> Component:
         raise ValueError(f"{found.path} is a {found.kind} without a transformer to merge into")
     component = found.components["transformer"]
     if component.base is not None:
-        raise ValueError(f"{found.path} is a run; first: python -m conversion {found.path} TARGET")
+        raise ValueError(
+            f"{found.path} is a {found.kind}; first: python -m conversion {found.path} TARGET"
+        )
     source = component.open()
     result = check(component, source)
     source.close()

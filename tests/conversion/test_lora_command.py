@@ -105,7 +105,7 @@ def test_refusals_are_one_line_and_leave_nothing(tmp_path, capsys):
     for argv, message in (
         ([file, file, "--to=bfl", "--weights=tiny"], f"{file} exists; remove it"),
         ([tmp_path / "none", target, "--weights=tiny"], "none does not exist"),
-        ([file, tmp_path / "y", "--to=peft", "--weights=tiny"], "name it .safetensors"),
+        ([file, tmp_path / "y", "--to=peft", "--weights=tiny"], "folder, which names its base,"),
         ([file, tmp_path / "y", "--to=merged", "--weights=tiny"], "merging needs a model's folder"),
         ([file, target, "--to=merged", f"--weights={folder}"], "TARGET must be a folder"),
         ([file, target, "--to=peft", "--weights=klein_4b"], "expected (4, 128)"),

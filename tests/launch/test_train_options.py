@@ -120,13 +120,22 @@ def test_adapters_of_a_run_become_a_lora_file(folder, adapted, tmp_path):
         not np.array_equal(value, load_file(out)[name])
         for name, value in load_file(earlier).items()
     )
+    assert convert_lora([str(adapted), str(tmp_path / "peft"), "--to=peft", weights]) == 0
+    found = detect.find(tmp_path / "peft")
+    assert found.manifest["conditioning"]["text"] == "instruction"
+    read_kernel = lambda place: np.asarray(
+        place.components["transformer"].open().read("single_blocks/qkv/kernel", 1)
+    )
+    own = read_kernel(detect.find(adapted))
+    np.testing.assert_allclose(read_kernel(found), own, rtol=1e-6, atol=1e-7)
+    assert not np.array_equal(own, read_kernel(detect.find(folder / "klein")))
 
 
 @pytest.mark.slow
 def test_a_run_without_adapters_has_no_lora_file(folder, half, tmp_path, capsys):
     weights = f"--weights={folder}/klein"
     assert convert_lora([str(half), str(tmp_path / "x"), weights]) == 1
-    assert "trained a vlm; LoRA files are of a transformer" in capsys.readouterr().err
+    assert "trained a vlm; --weights is the model of a transformer" in capsys.readouterr().err
 
 
 @pytest.mark.slow
