@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     add = _verb(verbs, "prune", "keep what ended well, without steps that led nowhere", _prune)
     add("target", metavar="TARGET", type=Path, help="to create: NAME.jsonl, images beside it")
     add("--vlm", help="model that tells the stories anew; teacher: the miniature's scripted one")
+    add(
+        "--verify",
+        action="store_true",
+        help="it also checks each picture against what its step asked for; image SFT leaves out "
+        "those that fail",
+    )
     add("--max_steps", type=int, default=8, help="leave out what is longer (default: 8)")
     return parser
 
@@ -148,7 +154,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _prune(options: argparse.Namespace) -> int:
     from clvr_jax.data.sources import open_source
     from clvr_jax.data.writers import write_jsonl
-    from launch.data_prune import Pruned, teller
+    from launch.data_prune import Pruned, looker
     from launch.data_show import counted
 
     if options.target.suffix.lower() != ".jsonl":
@@ -157,8 +163,8 @@ def _prune(options: argparse.Namespace) -> int:
     if (path / "trajectories.jsonl").exists():  # of launch.generate
         path /= "trajectories.jsonl"
     source = open_source(path, options.split)
-    with teller(options.vlm) as tell, counted(source, "pruning") as trajectories:
-        kept = Pruned(trajectories, options.max_steps, tell)
+    with looker(options.vlm, options.verify) as look, counted(source, "pruning") as trajectories:
+        kept = Pruned(trajectories, options.max_steps, look)
         count = write_jsonl(options.target, kept, copy_images=True)
     print(f"wrote {count} records to {options.target}; {kept.summary()}")
     return 0

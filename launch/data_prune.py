@@ -1,8 +1,9 @@
-"""What `launch.data prune` keeps of drawings, and who tells their stories anew."""
+"""What `launch.data prune` keeps of drawings, and who looks at them and tells their stories."""
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from PIL import Image
 
@@ -11,20 +12,27 @@ from clvr_jax.data.images import read_image
 from clvr_jax.data.prune import prune
 from clvr_jax.data.trajectory import Trajectory
 
-Tell = Callable[[Trajectory, Sequence[Image.Image]], list[str]]
+# from a pruned trajectory and its pictures to what `prune` is given beside it
+Look = Callable[[Trajectory, Sequence[Image.Image]], dict[str, Any]]
 
 
 @contextlib.contextmanager
-def teller(source: str | None) -> Iterator[Tell | None]:
-    """Give what tells a story, None without a model.
+def looker(source: str | None, verify: bool) -> Iterator[Look | None]:
+    """Give what looks at a drawing and tells its story, None without a model.
 
     Args:
       source: folder or hub id of a vision-language model, or "teacher".
+      verify: it also says of each picture whether it is what its step asked for.
+
+    Raises:
+      ValueError: to verify without a model.
     """
     if source is None:
+        if verify:
+            raise ValueError("--verify asks a model about every picture: give --vlm too")
         yield None
         return
-    from clvr_jax.closed_loop.story import narrate
+    from clvr_jax.closed_loop import story
     from configs import vlm as configs
     from launch.drawing import models
     from launch.runtime import use_compile_cache
@@ -32,8 +40,14 @@ def teller(source: str | None) -> Iterator[Tell | None]:
     use_compile_cache()
     config = configs.get_config("greedy")
     vlm, options = models.vlm(source, config), Options(max_tokens=config.max_tokens)
+
+    def look(trajectory: Trajectory, pictures: Sequence[Image.Image]) -> dict[str, Any]:
+        given = vlm, trajectory, pictures, options
+        right = story.verify(*given) if verify else []
+        return {"told": story.narrate(*given), "right": right}
+
     try:
-        yield lambda trajectory, pictures: narrate(vlm, trajectory, pictures, options)
+        yield look
     finally:
         vlm.close()
 
@@ -44,13 +58,13 @@ class Pruned:
     Args:
       trajectories: as they were drawn.
       longest: steps, after pruning; longer ones are left out.
-      tell: tells their stories anew.
+      look: tells their stories anew, and perhaps verifies them.
     """
 
-    def __init__(self, trajectories: Iterable[Trajectory], longest: int, tell: Tell | None):
-        self._given, self._longest, self._tell = trajectories, longest, tell
+    def __init__(self, trajectories: Iterable[Trajectory], longest: int, look: Look | None):
+        self._given, self._longest, self._look = trajectories, longest, look
         self.left_out: Counter[str] = Counter()
-        self.steps = 0
+        self.steps = self.rejected = 0
 
     def __iter__(self) -> Iterator[Trajectory]:
         """Yield what is kept; counts the rest by why it is not."""
@@ -62,13 +76,17 @@ class Pruned:
             if len(short.steps) > self._longest:
                 self.left_out[f"longer than {self._longest} steps"] += 1
                 continue
-            if self._tell is not None:
+            if self._look is not None:
                 pictures = [read_image(step.image) for step in short.steps]
-                short = prune(short, self._tell(short, pictures))
+                short = prune(short, **self._look(short, pictures))
+                self.rejected += sum(step.verdict == "rejected" for step in short.steps)
             self.steps += len(made.steps) - len(short.steps)
             yield short
 
     def summary(self) -> str:
         """Return in words what was left out."""
         left = ", ".join(f"{count} {why}" for why, count in self.left_out.items())
-        return f"left out {self.steps} steps that led nowhere and {left or 'no'} trajectories"
+        text = f"left out {self.steps} steps that led nowhere and {left or 'no'} trajectories"
+        if self.rejected:
+            text += f"; rejected {self.rejected} pictures that are not what their steps asked for"
+        return text

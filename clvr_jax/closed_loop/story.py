@@ -1,12 +1,15 @@
-"""The story of a drawing told anew, once it is known which of its steps led to the answer."""
+"""A drawing looked at once more, when it is known which of its steps led to the answer."""
 
 from collections.abc import Sequence
 
 from PIL import Image
 
 from clvr_jax.backends import requests
-from clvr_jax.backends.protocol import Options, Vlm
+from clvr_jax.backends.protocol import Message, Options, Vlm
+from clvr_jax.data.conditioning import Policy, condition
 from clvr_jax.data.trajectory import Trajectory
+
+_ASKED = Policy(text="instruction", references="chosen")
 
 
 def narrate(
@@ -25,15 +28,53 @@ def narrate(
     """
     steps = "\n".join(step.action.line() for step in trajectory.steps)
     asked = requests.NARRATE.message(*pictures, goal=trajectory.goal, steps=steps)
-    session = vlm.start()
-    try:
-        reply = session.submit([asked], options).result()
-    finally:
-        session.close()
-    told = [line.strip() for line in reply.text.splitlines() if line.strip()]
+    reply = _answer(vlm, asked, options)
+    told = [line.strip() for line in reply.splitlines() if line.strip()]
     if len(told) != len(trajectory.steps) + 1:
         raise ValueError(
             f"{trajectory.id}: a story of {len(trajectory.steps)} steps needs a line each and one "
-            f"for the end, got {len(told)}: {reply.text[:200]!r}"
+            f"for the end, got {len(told)}: {reply[:200]!r}"
         )
     return told
+
+
+def verify(
+    vlm: Vlm, trajectory: Trajectory, pictures: Sequence[Image.Image], options: Options
+) -> list[bool]:
+    """Return whether each step's picture is what its action asked for, as a model sees it.
+
+    The model writes a checklist of the action and answers it about the picture; the picture is
+    right if every answer is yes (the paper's verification of a step).
+
+    Args:
+      vlm: writes and answers.
+      trajectory: with actions.
+      pictures: of its steps.
+      options: of the answers.
+
+    Raises:
+      ValueError: a checklist is empty, or is not answered line by line.
+    """
+    found = []
+    for index, step in enumerate(trajectory.steps):
+        text, chosen = condition(trajectory, index, _ASKED)
+        if step.action.kind == "edit":
+            asked = requests.EDIT_CHECKLIST.message(edit=text)
+        else:
+            asked = requests.CHECKLIST.message(goal=text)
+        reply = _answer(vlm, asked, options)
+        questions = [line.strip() for line in reply.splitlines() if line.strip()]
+        if not questions:
+            raise ValueError(f"{trajectory.id}, step {index + 1}: the checklist is empty")
+        shown = [pictures[number] for number in (*chosen, index)]
+        asked = requests.VERIFY.message(*shown, questions="\n".join(questions))
+        found.append(all(requests.checks(_answer(vlm, asked, options), len(questions))))
+    return found
+
+
+def _answer(vlm: Vlm, asked: Message, options: Options) -> str:
+    session = vlm.start()
+    try:
+        return session.submit([asked], options).result().text
+    finally:
+        session.close()

@@ -29,7 +29,9 @@ def needed(trajectory: Trajectory) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def prune(trajectory: Trajectory, told: Sequence[str] = ()) -> Trajectory:
+def prune(
+    trajectory: Trajectory, told: Sequence[str] = (), right: Sequence[bool] = ()
+) -> Trajectory:
     """Return the trajectory with the steps that are `needed` alone, numbered anew.
 
     Args:
@@ -37,9 +39,12 @@ def prune(trajectory: Trajectory, told: Sequence[str] = ()) -> Trajectory:
       told: the story of what is left, a narrative for each step and one for the end, which names
         images by their new numbers. Without it the narratives stay; where they name a step that is
         no more, they call it `FORGOTTEN`.
+      right: of each step that is left, whether its picture is what its action asked for. Those that
+        are not become rejected ones: still seen, but no example for an image model. Without it all
+        are accepted.
 
     Raises:
-      ValueError: there are no actions, or there are more or fewer narratives.
+      ValueError: there are no actions, or there are more or fewer narratives or verdicts.
     """
     kept = needed(trajectory)
     new = {old: number for number, old in enumerate(kept, 1)}
@@ -55,6 +60,8 @@ def prune(trajectory: Trajectory, told: Sequence[str] = ()) -> Trajectory:
         raise ValueError(
             f"{len(told)} narratives for {len(kept)} steps; give one for each and one for the end"
         )
+    if right and len(right) != len(kept):
+        raise ValueError(f"{len(right)} verdicts for {len(kept)} steps; give one for each")
     steps = []
     for index, old in enumerate(kept):
         step = trajectory.steps[old - 1]
@@ -65,7 +72,8 @@ def prune(trajectory: Trajectory, told: Sequence[str] = ()) -> Trajectory:
             }
         )
         reasoning = told[index] if told else renamed(step.reasoning)
-        update = {"reasoning": reasoning, "action": action, "verdict": "accepted"}
+        verdict = "accepted" if not right or right[index] else "rejected"
+        update = {"reasoning": reasoning, "action": action, "verdict": verdict}
         if told:
             update["critique"] = None
         elif step.critique:

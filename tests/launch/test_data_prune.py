@@ -7,13 +7,15 @@ from PIL import Image
 
 from clvr_jax.backends.protocol import Options
 from clvr_jax.closed_loop import Budget, Loop
-from clvr_jax.closed_loop.story import narrate
+from clvr_jax.closed_loop.story import narrate, verify
 from clvr_jax.data.conditioning import Policy
+from clvr_jax.data.prune import prune
 from clvr_jax.data.sources import open_source
 from clvr_jax.data.trajectory import Action, Step, Trajectory
 from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.scene import Scene, Thing
 from launch import data
+from launch.data_prune import looker
 from launch.drawing import folder, run
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
 
@@ -60,6 +62,35 @@ def test_a_story_is_told_by_a_model(drawn):
         narrate(vlm, made, [], Options(max_tokens=64))
 
 
+def test_a_model_verifies_every_picture(drawn):
+    """A new picture is shown alone, an edited one behind what it was made from."""
+    made = open_source(drawn / "trajectories.jsonl")[2]
+    replies = [*("is it?\n\nis it large?", "yes\nno, small"), *("done?", "Yes."), *("x?", "no") * 2]
+    vlm = Vlm(*replies)
+    blank = [Image.new("L", (8, 8), number) for number in range(4)]
+    assert verify(vlm, made, blank, Options(max_tokens=64)) == [False, True, False, False]
+    asked = [session[0][0][0] for session in vlm.sessions]
+    assert "exactly this" in asked[0].text and made.steps[0].action.prompt in asked[0].text
+    assert "nothing else" in asked[2].text and "add a star" in asked[2].text
+    shown = [[picture.getpixel((0, 0)) for picture in message.images] for message in asked[1::2]]
+    assert shown == [[0], [0, 1], [1, 2], [2, 3]]
+    with pytest.raises(ValueError, match="step 1: the checklist is empty"):
+        verify(Vlm(" "), made, blank, Options(max_tokens=64))
+
+
+def test_rejected_pictures_are_seen_but_not_learnt(drawn):
+    made = open_source(drawn / "trajectories.jsonl")[2]
+    short = prune(made, right=[True, False, True, True])
+    assert [s.verdict for s in short.steps] == ["accepted", "rejected", "accepted", "accepted"]
+    with pytest.raises(ValueError, match="1 verdicts for 4 steps"):
+        prune(made, right=[True])
+    with (
+        pytest.raises(ValueError, match="give --vlm too"),
+        looker(None, True),
+    ):
+        pass
+
+
 @pytest.mark.slow
 def test_the_teacher_tells_what_it_sees(tmp_path):
     one, two = Thing(0, "circle", "red", "large"), Thing(5, "star", "blue", "large")
@@ -68,17 +99,18 @@ def test_the_teacher_tells_what_it_sees(tmp_path):
         Step(reasoning="x", action=Action(kind="generate", prompt="a red circle"), image="1.png"),
         Step(
             reasoning="y",
-            action=Action(kind="edit", prompt="add a blue star", references=(1,)),
+            action=Action(kind="edit", prompt="add a blue ring", references=(1,)),
             image="2.png",
         ),
     )
     for number, picture in enumerate(shown, 1):
         Image.fromarray(picture).save(tmp_path / f"{number}.png")
-    goal = "a red circle and a blue star"
+    goal = "a red circle and a blue star"  # where the last step asked for a ring
     made = Trajectory(id="x", goal=goal, steps=steps, closing="z", outcome="stopped")
     (tmp_path / "trajectories.jsonl").write_text(json.dumps(made.record()) + "\n")
     target = tmp_path / "told.jsonl"
-    assert data.main(["prune", str(tmp_path), str(target), "--vlm=teacher"]) == 0
+    assert data.main(["prune", str(tmp_path), str(target), "--vlm=teacher", "--verify"]) == 0
     told = open_source(target)[0]
+    assert [step.verdict for step in told.steps] == ["accepted", "rejected"]
     assert "red circle" in told.steps[1].reasoning and len(told.closing) > 10
     assert [step.action for step in told.steps] == [step.action for step in steps]
