@@ -7,8 +7,8 @@ python -m launch.train --config=configs/vlm_sft.py:qwen3_vl_8b --workdir=runs/vl
   --config.data.train=trajectories.jsonl
 
 Variants: `qwen3_vl_8b` (the paper's stage: full fine-tuning, loss on assistant turns, bfloat16,
-cosine with warm-up, 3 epochs), `miniature` (toy weights of
-`python -m launch.toy --model=vlm`, a laptop).
+cosine with warm-up, 3 epochs), `miniature` (adapters for the weights that come with the package, on
+a laptop), `toy` (random weights of `python -m launch.toy --model=vlm`).
 The paper's learning rate and warm-up ratio are lost; 1e-5 and 0.1 are choices, LLaMA-Factory's for
 Qwen3-VL, which also freezes the vision tower by default: `--config.train="^language/"` does that.
 
@@ -22,17 +22,23 @@ trajectories of about 5,000 tokens, 3 epochs, 1,200 steps:
 
 import ml_collections as mlc
 
-_WEIGHTS = {"qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct", "miniature": "outputs/toy-vl"}
+_WEIGHTS = {
+    "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "miniature": "miniature-vlm",
+    "toy": "outputs/toy-vl",
+}
 
 
 def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     """Return the config of a variant."""
     if variant not in _WEIGHTS:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_WEIGHTS)}")
-    small = variant == "miniature"
+    mini, small = variant == "miniature", variant in ("miniature", "toy")
     section = lambda **fields: mlc.ConfigDict(fields)
     c = mlc.ConfigDict(dict(stage="vlm"))
-    c.sizes = "" if small else variant  # what the weights must be; empty: whatever they are
+    c.sizes = (
+        "" if variant == "toy" else variant
+    )  # what the weights must be; empty: whatever they are
     c.weights = _WEIGHTS[variant]  # transformers folder, converted folder, hub id, a run's folder
     c.seed = 0
     c.epochs = 3
@@ -45,16 +51,19 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         images=-1,  # of a row at most; -1: no limit
     )
     c.template = section(enable_thinking=False)  # names for the chat template, as in vlm.py
-    c.batch = section(rows=1, accumulation=1 if small else 2)  # rows: per device, data and fsdp
+    # rows: per device, data and fsdp
+    c.batch = section(rows=4 if mini else 1, accumulation=1 if small else 2)
     c.train = ".*"  # pattern of the parameters that are trained; "^language/" freezes the tower
     c.lora = section(  # rank 0: no adapters
-        rank=0, alpha=0.0, pattern=r"^language/layers/.*kernel$"
+        rank=16 if mini else 0,
+        alpha=0.0,
+        pattern="kernel$" if mini else r"^language/layers/.*kernel$",
     )
     c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.precision = "float32" if small else "mixed"  # float32, mixed, bfloat16
     c.ema = 0.0
     c.remat = "none" if small else "full"  # none, full, attention, dots
-    c.attention = "auto"
+    c.attention = "blocked" if mini else "auto"
     c.optim = section(
         name="adamw",
         learning_rate=1e-3 if small else 1e-5,

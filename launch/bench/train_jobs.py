@@ -194,7 +194,7 @@ def _everywhere(job: Job) -> Any:
 
 def _config(case: Case) -> Any:
     """The stage's own config with the options of a case."""
-    config = (image_sft if case.subject == "image" else vlm_sft).get_config("miniature")
+    config = (image_sft if case.subject == "image" else vlm_sft).get_config("toy")
     config.sizes = case.model
     config.precision, config.remat, config.train = case.precision, case.remat, case.train
     config.lora.rank, config.optim.moments = case.lora, case.moments

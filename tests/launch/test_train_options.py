@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, stage, **changes):
-    made = (image_sft if stage == "image" else vlm_sft).get_config("miniature")
+    made = (image_sft if stage == "image" else vlm_sft).get_config("toy")
     made.weights = str(folder / ("klein" if stage == "image" else "vlm"))
     made.data.train = str(folder / "data" / "trajectories.jsonl")
     made.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})

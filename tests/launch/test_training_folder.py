@@ -13,7 +13,7 @@ from launch.training import compose, folder
 
 
 def config(**changes):
-    made = image_sft.get_config("miniature")
+    made = image_sft.get_config("toy")
     made.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})
     return made
 

@@ -24,7 +24,7 @@ def arguments(folder, stage, workdir, *options):
         *options,
     )
     return [
-        *(sys.executable, "-m", "launch.train", f"--config=configs/{stage}_sft.py:miniature"),
+        *(sys.executable, "-m", "launch.train", f"--config=configs/{stage}_sft.py:toy"),
         f"--workdir={workdir}",
         *(f"--config.{option}" for option in given),
     ]
