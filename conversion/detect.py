@@ -151,6 +151,8 @@ def _adapted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:
             f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {weights!r}; write the folder or "
             "repository id of the model there that the adapters are added to"
         )
+    if weights.startswith(("./", "../")):
+        weights = str(path / weights)
     try:
         base = find(weights, wanted, complete=complete)
     except FileNotFoundError as error:

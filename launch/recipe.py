@@ -23,11 +23,21 @@ from launch.folders import (
 )
 from launch.pictures import write_text
 
-# optimiser steps of each training by preset; "full" has those of configs/miniature.py
+# optimiser steps of each training by preset; "full" has those of its config
 STEPS: dict[str, dict[str, int]] = {
     "full": {},
-    "quick": {"vae": 800, "klein": 1200, "klein_more": 600, "klein_long": 300, "vlm": 1000},
+    "quick": {
+        "vae": 800,
+        "klein": 1200,
+        "klein_more": 600,
+        "klein_long": 300,
+        "vlm": 1000,
+        "klein_sft": 50,
+        "vlm_sft": 100,
+    },
 }
+PROMPTS = {"full": 100, "quick": 10}  # of each kind, whose drawings are fine-tuned on
+_TRAJECTORIES = "train.jsonl"
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
 
@@ -63,6 +73,9 @@ class Recipe:
             "klein_long": self.klein_long,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
+            "trajectories": self.trajectories,
+            "klein_sft": self.klein_sft,
+            "vlm_sft": self.vlm_sft,
             "weights": self.weights,
         }
 
@@ -166,12 +179,41 @@ class Recipe:
         run = self._train("klein_long", self.out / "klein_more", seed=self.seed + 2)
         self._exported(folder, run)
 
+    def trajectories(self, folder: Path) -> None:
+        """Draw prompts in the loop, as the teacher directs it, and keep what ended well."""
+        from clvr_jax.miniature import splits
+
+        asked, drawn = self.out / "runs" / "prompts.txt", self.out / "runs" / "drawings"
+        prompts = splits.training(PROMPTS[self.preset])
+        write_text(asked, "".join(f"{prompt.text}\n" for prompt in prompts))
+        draw = [
+            *(sys.executable, "-m", "launch.generate", f"--weights={self.out / 'klein_long'}"),
+            *("--vlm=teacher", f"--prompts_file={asked}", f"--out={drawn}", "--resume"),
+            *("--config.batch=32", "--config.loop.concurrency=64"),
+        ]
+        _call(draw, "drawing")
+        prune = [sys.executable, "-m", "launch.data", "prune", str(drawn)]
+        with aside(folder) as partial:
+            partial.mkdir()
+            target = str(partial / _TRAJECTORIES)
+            _call([*prune, target, "--vlm=teacher", "--verify"], "choosing drawings")
+
+    def klein_sft(self, folder: Path) -> None:
+        """Fine-tune klein's transformer on drawings, and write its adapters."""
+        self._tuned(folder, "klein_sft", "image_sft.py", "klein_long")
+
+    def vlm_sft(self, folder: Path) -> None:
+        """Fine-tune the Qwen3-VL on drawings, and write its adapters."""
+        self._tuned(folder, "vlm_sft", "vlm_sft.py", "vlm")
+
     def weights(self, folder: Path) -> None:
-        """Write both once more in bfloat16, as they come with the package."""
+        """Write all once more in bfloat16, as they come with the package."""
         with aside(folder) as partial:
             partial.mkdir()
             for name, stage in (("klein", "klein_long"), ("vlm", "vlm")):
                 self._exported(partial / name, self.out / stage, "--dtype=bfloat16")
+                tuned, base = f"{name}_sft", f"--base=../{name}"
+                self._adapters(partial / tuned, tuned, stage, base, "--dtype=bfloat16")
 
     def _fresh(self, *names: str) -> dict[str, tuple[Any, Any]]:
         """First weights of components at the miniature's sizes."""
@@ -179,19 +221,34 @@ class Recipe:
 
         return fresh.weights({n: KINDS[n].variants["miniature"] for n in names}, self.seed)
 
-    def _train(self, variant: str, weights: Path, seed: int | None = None) -> Path:
+    def _train(
+        self, stage: str, weights: Path, seed: int | None = None, config: str = "", **more: object
+    ) -> Path:
         """Run `launch.train`, or go on with it; return the folder of the run."""
-        run = self.out / "runs" / variant
-        given = {"weights": weights, "seed": self.seed if seed is None else seed}
-        if variant in STEPS[self.preset]:
-            given["steps"] = STEPS[self.preset][variant]
+        run = self.out / "runs" / stage
+        given = {"weights": weights, "seed": self.seed if seed is None else seed, **more}
+        if stage in STEPS[self.preset]:
+            given["steps"] = STEPS[self.preset][stage]
         command = [
             *(sys.executable, "-m", "launch.train"),
-            *(f"--config=configs/miniature.py:{variant}", f"--workdir={run}", "--resume"),
+            f"--config=configs/{config or f'miniature.py:{stage}'}",
+            *(f"--workdir={run}", "--resume"),
             *(f"--config.{name}={value}" for name, value in given.items()),
         ]
-        _call(command, f"the training of {variant}")
+        _call(command, f"the training of {stage}")
         return run
+
+    def _tuned(self, folder: Path, stage: str, config: str, base: str) -> None:
+        """Fine-tune what the stage `base` left, and write the adapters."""
+        data = {"data.train": self.out / "trajectories" / _TRAJECTORIES}
+        self._train(stage, self.out / base, config=f"{config}:miniature", **data)
+        self._adapters(folder, stage, base)
+
+    def _adapters(self, folder: Path, stage: str, base: str, *options: str) -> None:
+        """Write the adapters of a stage's run as PEFT's folder."""
+        run, weights = str(self.out / "runs" / stage), f"--weights={self.out / base}"
+        command = [sys.executable, "-m", "conversion.lora", run, str(folder), "--to=peft", weights]
+        _call([*command, *options], f"writing {folder}")
 
     def _exported(self, folder: Path, source: Path, *options: str) -> None:
         """Write a run or a folder as one in the released layout."""

@@ -61,6 +61,8 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"--weights={arguments.weights} names sizes; {what} needs a model's folder"
         )
+    if arguments.base and to != "folder":
+        raise ValueError(f"--base={arguments.base} is for PEFT's folder: --to=peft, no ending")
     if model.name == "vlm" and to not in ("adapters", "folder"):
         raise ValueError(
             f"adapters of a Qwen3-VL are written as PEFT's folder: --to=peft and a TARGET without "
@@ -102,7 +104,8 @@ def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtyp
     partial, table = free(arguments.target), model.table("diffusers")
     partial.mkdir(parents=True)
     try:
-        write_folder(partial, adapters, model.abstract(), table, arguments.weights, dtype)
+        base = arguments.base or arguments.weights
+        write_folder(partial, adapters, model.abstract(), table, base, dtype)
         at = runs.place(arguments.source)
         recorded = at.record().get("conditioning") if at else None
         if recorded:
@@ -182,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL",
         help="the model: folder, file or repository id; klein_4b, klein_9b or qwen3_vl_8b where "
         "only sizes are needed (not for merged and PEFT's folder)",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="what PEFT's folder calls its base (default: WEIGHTS); ./ and ../ are beside it",
     )
     parser.add_argument(
         "--scale", type=_finite, default=1.0, help="multiplies the effect (default: 1)"

@@ -82,6 +82,9 @@ def test_saved_adapters_become_a_folder_and_come_back(adapted):
     base = f"--weights={adapted / 'base'}"
     assert main(as_text(adapted / "adapters", adapted / "saved", base)) == 0
     assert main(as_text(adapted / "saved", adapted / "again", "--to=peft", base)) == 0
+    beside = as_text(adapted / "saved", adapted / "beside", "--to=peft", base, "--base=../base")
+    assert main(beside) == 0
+    assert find(adapted / "beside").components["vlm"].folder.samefile(adapted / "base")
     config = json.loads((adapted / "again" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(adapted / "base") and config["r"] == 3
     file = "adapter_model.safetensors"
