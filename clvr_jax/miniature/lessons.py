@@ -1,10 +1,11 @@
 """Lessons from which a vision-language model learns to see this world, drawn on the fly.
 
 A lesson is a conversation of the teacher's about pictures whose scenes are known: what it says is
-true. Its pictures are rendered later, many together: until then each is `BLANK`.
+true. Its pictures are rendered later, many together: until then each is `BLANK`. Every request of
+`clvr_jax.backends.requests` is learnt, and the loop's turns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,15 +21,27 @@ from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.pictures import Picture, new_seed
 from clvr_jax.miniature.readings import certain
 from clvr_jax.miniature.render import SIDE
-from clvr_jax.miniature.scene import Scene
+from clvr_jax.miniature.scene import Scene, from_codes
+from clvr_jax.miniature.teacher import checks
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
 
 # share of each kind among short lessons, of a question and an answer
-TASKS = {"inventory": 0.35, "caption": 0.1, "difference": 0.2, "critique": 0.35}
-STORY = "story"  # the long one: turn after turn, as in the loop
+SHORT = {
+    "inventory": 0.2,
+    "caption": 0.05,
+    "difference": 0.1,
+    "critique": 0.25,
+    "verify": 0.15,
+    "choose": 0.15,
+    "checklist": 0.05,
+    "rewrite": 0.05,
+}
+# and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
+LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
 RIGHT = 0.4  # share of criticised pictures that are right
-MISTAKES = 0.25  # chance that the painter of a story errs
+EDITS = 0.4  # share of checks that are about an edit
+MISTAKES = 0.5  # chance that the painter of a story errs
 LONGEST = 5  # pictures of a story
 BLANK = Image.new("RGB", (SIDE, SIDE))
 _POLICY = Policy()
@@ -46,19 +59,18 @@ class Lesson(NamedTuple):
     pictures: list[Picture]
 
 
-def lesson(rng: Rng, task: str | None = None) -> Lesson:
-    """Return a lesson.
+def some_task(rng: Rng, tasks: Mapping[str, float]) -> str:
+    """Return one of the tasks by its share; `tasks` is `SHORT` or `LONG`."""
+    names, shares = zip(*tasks.items(), strict=True)
+    return names[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
 
-    Args:
-      rng: decides everything.
-      task: of `TASKS`, or `STORY`, or None for a short one.
+
+def lesson(rng: Rng, task: str) -> Lesson:
+    """Return a lesson of a task of `SHORT` or `LONG`.
 
     Raises:
       ValueError: the task is unknown.
     """
-    if task is None:
-        names, shares = zip(*TASKS.items(), strict=True)
-        task = names[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
     if task not in _LESSONS:
         raise ValueError(f"no lessons of task {task!r}; choose from {', '.join(_LESSONS)}")
     return _LESSONS[task](rng)
@@ -75,15 +87,18 @@ def _edited(rng: Rng, scene: Scene, times: int) -> Scene:
     return scene
 
 
-def _about(rng: Rng, request: requests.Request, shown: list[Scene], **fields: str) -> Lesson:
-    """A request about pictures of one seed, and the teacher's answer."""
-    seed = new_seed(rng)
+def _about(
+    rng: Rng, request: requests.Request, *shown: Scene, apart: bool = False, **fields: str
+) -> Lesson:
+    """A request about pictures, of one seed unless they are drawn apart, and the answer."""
+    seeds = [new_seed(rng) for _ in shown] if apart else [new_seed(rng)] * len(shown)
     asked = request.message(*[BLANK] * len(shown), **fields)
     said = [asked, assistant(_answer(rng, [asked], shown))]
-    return Lesson(said, [Picture(scene.codes(), seed) for scene in shown])
+    pictures = [Picture(scene.codes(), seed) for scene, seed in zip(shown, seeds, strict=True)]
+    return Lesson(said, pictures)
 
 
-def _answer(rng: Rng, said: list[Message], shown: list[Scene]) -> str:
+def _answer(rng: Rng, said: list[Message], shown: Sequence[Scene]) -> str:
     readings = [certain(scene.codes()[None]) for scene in shown]
     return answer(said, readings, _POLICY, str(rng.integers(2**32)))
 
@@ -93,23 +108,72 @@ def _scene(rng: Rng) -> Scene:
 
 
 def _inventory(rng: Rng) -> Lesson:
-    return _about(rng, requests.INVENTORY, [_scene(rng)])
+    return _about(rng, requests.INVENTORY, _scene(rng))
 
 
 def _caption(rng: Rng) -> Lesson:
-    return _about(rng, requests.CAPTION, [_scene(rng)])
+    return _about(rng, requests.CAPTION, _scene(rng))
 
 
 def _difference(rng: Rng) -> Lesson:
     before = _scene(rng)
-    return _about(rng, requests.DIFFERENCE, [before, _edited(rng, before, int(rng.integers(0, 3)))])
+    return _about(rng, requests.DIFFERENCE, before, _edited(rng, before, int(rng.integers(0, 3))))
 
 
-def _critique(rng: Rng) -> Lesson:
+def _asked_for(rng: Rng) -> tuple[prompts.Prompt, Scene]:
+    """A prompt and a scene for it, in which something may be wrong."""
     prompt, scene = prompts.sample(rng, None, Split.TRAIN)
     if rng.random() >= RIGHT:
         scene = _edited(rng, scene, int(rng.integers(1, 3)))
-    return _about(rng, requests.CRITIQUE, [scene], goal=prompt.text)
+    return prompt, scene
+
+
+def _critique(rng: Rng) -> Lesson:
+    prompt, scene = _asked_for(rng)
+    return _about(rng, requests.CRITIQUE, scene, goal=prompt.text)
+
+
+def _choose(rng: Rng) -> Lesson:
+    prompt, scene = _asked_for(rng)
+    other = _edited(rng, scene, int(rng.integers(0, 3)))
+    pair = (scene, other) if rng.random() < 0.5 else (other, scene)
+    return _about(rng, requests.CHOOSE, *pair, apart=True, goal=prompt.text)
+
+
+def _edit(rng: Rng) -> tuple[Scene, str, Scene]:
+    """A scene, the words of an edit of it, and what comes of it."""
+    while True:
+        before = _scene(rng)
+        try:
+            _, text, after = edits.sample(rng, before, None, Split.TRAIN)
+        except ValueError:  # see `_edited`
+            continue
+        return before, text, after
+
+
+def _verify(rng: Rng) -> Lesson:
+    if rng.random() < EDITS:
+        before, text, after = _edit(rng)
+        if rng.random() >= RIGHT:  # more was changed, or nothing, or something else
+            after = _edited(rng, after if rng.random() < 0.5 else before, int(rng.integers(0, 2)))
+        return _about(rng, requests.VERIFY, before, after, questions=checks.question(text))
+    prompt, scene = _asked_for(rng)
+    questions = "\n".join(checks.questions(prompt.goal, rng))
+    return _about(rng, requests.VERIFY, scene, questions=questions)
+
+
+def _checklist(rng: Rng) -> Lesson:
+    if rng.random() < EDITS:
+        return _about(rng, requests.EDIT_CHECKLIST, edit=_edit(rng)[1])
+    return _about(rng, requests.CHECKLIST, goal=_goal(rng))
+
+
+def _rewrite(rng: Rng) -> Lesson:
+    return _about(rng, requests.REWRITE, goal=_goal(rng))
+
+
+def _goal(rng: Rng) -> str:
+    return prompts.sample(rng, None, Split.TRAIN)[0].text
 
 
 def _story(rng: Rng) -> Lesson:
@@ -130,10 +194,39 @@ def _story(rng: Rng) -> Lesson:
         said.append(user(BLANK))
 
 
+def _proxy(rng: Rng) -> Lesson:
+    """A story up to its last action, and that summed up."""
+    story = _story(rng)
+    pictures = story.pictures[:-1]
+    said = [*story.messages[: 2 * len(pictures) + 3], requests.PROXY.message()]
+    return Lesson([*said, assistant(_answer(rng, said, _scenes(pictures)))], pictures)
+
+
+def _narrate(rng: Rng) -> Lesson:
+    """A story of which only the pictures and actions are known, told."""
+    story = _story(rng)
+    replies = [message.text for message in story.messages if message.role == "assistant"]
+    actions = [turns.parse(text, n).action for n, text in enumerate(replies, 1)]
+    steps = "\n".join(action.line() for action in actions[: len(story.pictures)])
+    goal, blank = story.messages[1].text, [BLANK] * len(story.pictures)
+    said = [requests.NARRATE.message(*blank, goal=goal, steps=steps)]
+    return Lesson([*said, assistant(_answer(rng, said, _scenes(story.pictures)))], story.pictures)
+
+
+def _scenes(pictures: list[Picture]) -> list[Scene]:
+    return [from_codes(picture.codes) for picture in pictures]
+
+
 _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "inventory": _inventory,
     "caption": _caption,
     "difference": _difference,
     "critique": _critique,
-    STORY: _story,
+    "verify": _verify,
+    "choose": _choose,
+    "checklist": _checklist,
+    "rewrite": _rewrite,
+    "story": _story,
+    "proxy": _proxy,
+    "narrate": _narrate,
 }

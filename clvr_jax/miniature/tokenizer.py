@@ -7,7 +7,7 @@ import numpy as np
 
 from clvr_jax.miniature import edits, prompts, scenes
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.lessons import STORY, lesson
+from clvr_jax.miniature.lessons import LONG, SHORT, lesson, some_task
 
 VOCABULARY = 768
 
@@ -57,6 +57,6 @@ def corpus(count: int = 2000, seed: int = 0) -> list[str]:
         scene = scenes.sample(rng, Split.TRAIN, int(rng.integers(1, 8)))
         texts.append(edits.sample(rng, scene, None, Split.TRAIN)[1])
     for number in range(count // 4):
-        task = None if number % 4 else STORY
+        task = some_task(rng, SHORT if number % 4 else LONG)
         texts += [message.text for message in lesson(rng, task).messages]
     return texts

@@ -10,7 +10,7 @@ from PIL import Image
 from clvr_jax.data.packing import Shape
 from clvr_jax.data.plan import Epochs, Step, rows_of_process, shuffled
 from clvr_jax.miniature.chance import Rng
-from clvr_jax.miniature.lessons import STORY, lesson
+from clvr_jax.miniature.lessons import LONG, SHORT, lesson, some_task
 from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.samples import Stream, row_generator
@@ -26,10 +26,10 @@ from launch.training.vlm import find, stage
 __all__ = ["data", "find", "networks", "stage"]
 
 Drawn = tuple[Example, list[Picture]]
-_PARTS = 4  # rows of short lessons alone that are as long as one with a story
+_PARTS = 4  # rows of short lessons alone that are as long as one with a long one
 _LEAST = 160  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 3  # of what the lessons are; another one is other data
+_VERSION = 4  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:
@@ -54,7 +54,7 @@ def data(
     epochs: int | None = None,
     validation: bool = False,
 ) -> Data:
-    """Plan what every step draws: rows of short lessons, or rows that begin with a story.
+    """Plan what every step draws: rows of short lessons, or rows that begin with a long one.
 
     Short lessons alone come in more and shorter rows, whose attention costs less.
 
@@ -95,15 +95,14 @@ def data(
         shaped = lambda i: parts[i].reshape(config.batch.accumulation, -1)
         return [Step(kinds[i][0], shaped(i)) for i in order]
 
-    def draw(rng: Rng, task: str | None) -> Drawn:
-        said = lesson(rng, task)
+    def draw(rng: Rng, long: bool) -> Drawn:
+        said = lesson(rng, some_task(rng, LONG if long else SHORT))
         return encode(said.messages, reads, cfg), said.pictures
 
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
         of = lambda number: row_generator(config.seed, step.epoch, int(number), Stream.LESSONS)
-        first = STORY if step.static == long else None
-        rows = [fill(of(number), step.static, draw, first) for number in own.flat]
+        rows = [fill(of(number), step.static, draw, step.static == long) for number in own.flat]
         shown = [picture for taken in rows for _, pictures in taken for picture in pictures]
         most = own.size * step.static.images  # of one size, so that it compiles once
         pixels = rendered(shown, most)
@@ -131,19 +130,19 @@ def data(
 def fill(
     rng: Rng,
     room: Shape,
-    draw: Callable[[Rng, str | None], Drawn],
-    first: str | None = None,
+    draw: Callable[[Rng, bool], Drawn],
+    begins_long: bool = False,
 ) -> list[Drawn]:
-    """Return a row's lessons: one of a given task first, short ones until the next does not fit.
+    """Return a row's lessons: short ones until the next does not fit, perhaps a long one first.
 
-    Short lessons are about as long as one another, stories are not: were all drawn alike, most that
-    do not fit were long stories, and those would hardly be learnt.
+    Short lessons are about as long as one another, long ones are not: were all drawn alike, most
+    that do not fit were the longest, and those would hardly be learnt.
 
     Args:
       rng: decides everything.
       room: of a row.
-      draw: makes a lesson of a task.
-      first: the task of the first, or None for a short one.
+      draw: makes a lesson, long or short.
+      begins_long: whether the first is a long one.
 
     Raises:
       ValueError: hardly any such lesson is short enough.
@@ -153,7 +152,7 @@ def fill(
         and sum(len(pictures) for _, pictures in taken) <= room.images
     )
     for _ in range(_TRIES):
-        taken = [draw(rng, first)]
+        taken = [draw(rng, begins_long)]
         if fits(taken):
             break
     else:
@@ -161,7 +160,7 @@ def fill(
             f"of {_TRIES} lessons none has at most {room.tokens} tokens and {room.images} "
             "pictures; give a larger --config.data.tokens or --config.data.images"
         )
-    while fits(longer := [*taken, draw(rng, None)]):
+    while fits(longer := [*taken, draw(rng, False)]):
         taken = longer
     return taken
 

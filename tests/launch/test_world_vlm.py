@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.packing import Shape
-from clvr_jax.miniature.lessons import STORY
 from launch.training.world_vlm import fill
 
 ROOM = Shape(tokens=100, images=8, patches=4)
@@ -15,20 +14,20 @@ ROOM = Shape(tokens=100, images=8, patches=4)
 def draws(stories, short=(10, 1)):
     """Lessons as (tokens, pictures); a story is any of `stories`."""
 
-    def draw(rng, task):
-        tokens, images = stories[int(rng.integers(len(stories)))] if task == STORY else short
-        return SimpleNamespace(ids=[0] * tokens, task=task), [None] * images
+    def draw(rng, long):
+        tokens, images = stories[int(rng.integers(len(stories)))] if long else short
+        return SimpleNamespace(ids=[0] * tokens, long=long), [None] * images
 
     return draw
 
 
 def rows(*args, count=200):
-    return [fill(np.random.default_rng(i), ROOM, draws(*args), STORY) for i in range(count)]
+    return [fill(np.random.default_rng(i), ROOM, draws(*args), True) for i in range(count)]
 
 
 def test_a_row_is_a_story_and_what_fits_behind_it():
     for row in rows([(95, 5), (31, 2)]):
-        assert [example.task for example, _ in row] == [STORY] + [None] * (len(row) - 1)
+        assert [example.long for example, _ in row] == [True] + [False] * (len(row) - 1)
         first = len(row[0][0].ids)
         assert len(row) == 1 + (100 - first) // 10
 
@@ -45,9 +44,9 @@ def test_long_stories_are_as_frequent_as_drawn():
 def test_a_story_that_no_row_holds_is_drawn_anew():
     assert {len(row[0][0].ids) for row in rows([(101, 1), (50, 9), (40, 8)])} == {40}
     with pytest.raises(ValueError, match="none has at most 100 tokens and 8 pictures; give a"):
-        fill(np.random.default_rng(0), ROOM, draws([(101, 1)]), STORY)
+        fill(np.random.default_rng(0), ROOM, draws([(101, 1)]), True)
 
 
 def test_rows_of_short_lessons_have_no_story():
     row = fill(np.random.default_rng(0), ROOM, draws([(1, 1)]))
-    assert [example.task for example, _ in row] == [None] * 8, "as many as there are pictures"
+    assert [example.long for example, _ in row] == [False] * 8, "as many as there are pictures"

@@ -1,5 +1,7 @@
 """Lessons in seeing: what they say is true, in the forms that are asked for."""
 
+from collections import Counter
+
 import pytest
 
 from clvr_jax.backends import requests
@@ -9,6 +11,7 @@ from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import from_codes
 from clvr_jax.miniature.teacher.looks import read_inventory
+from clvr_jax.miniature.words import NUMBERS
 
 
 def drawn(task, count, start=0):
@@ -16,7 +19,7 @@ def drawn(task, count, start=0):
 
 
 def test_blank_pictures_stand_for_those_that_are_rendered_later():
-    for task in (*lessons.TASKS, lessons.STORY):
+    for task in (*lessons.SHORT, *lessons.LONG):
         for said in drawn(task, 4):
             blank = [image for message in said.messages for image in message.images]
             assert len(blank) == len(said.pictures)
@@ -63,14 +66,72 @@ def test_stories_are_turns_as_they_are_trained():
 
 
 def test_nothing_held_out_is_read():
-    for task in (*lessons.TASKS, lessons.STORY):
+    for task in (*lessons.SHORT, *lessons.LONG):
         for said in drawn(task, 6, start=5):
             for picture in said.pictures:
                 assert held_out.is_clean(from_codes(picture.codes)), task
 
 
-def test_shares_of_tasks_add_up():
-    assert sum(lessons.TASKS.values()) == pytest.approx(1)
+def test_tasks_are_drawn_by_their_shares():
+    for tasks in (lessons.SHORT, lessons.LONG):
+        assert sum(tasks.values()) == pytest.approx(1)
+        rng = generator(0, 0)
+        counts = Counter(lessons.some_task(rng, tasks) for _ in range(2000))
+        assert counts.keys() == tasks.keys()
+        assert all(abs(counts[task] / 2000 - share) < 0.05 for task, share in tasks.items())
+
+
+def test_checks_are_answered_line_by_line_and_truly():
+    right = edited = 0
+    for said in drawn("verify", 40):
+        asked, reply = said.messages
+        questions = requests.VERIFY.match(asked.text)["questions"].splitlines()
+        answers = requests.checks(reply.text, len(questions))
+        edited += len(said.pictures) == 2
+        if len(said.pictures) == 1:  # the last asks for the number of all things
+            words = questions[-1].removeprefix("is there ").removeprefix("are there ").split()
+            count = len(from_codes(said.pictures[0].codes).things)
+            assert answers[-1] == (words[0] == NUMBERS[count - 1])
+        right += all(answers)
+    assert 8 < right < 32 and 6 < edited < 30
+
+
+def test_the_better_of_two_pictures_is_chosen():
+    chosen = set()
+    for said in drawn("choose", 30):
+        asked, reply = said.messages
+        goal = parse_prompt(requests.CHOOSE.match(asked.text)["goal"])
+        wrong = [len(goal.faults(from_codes(picture.codes))) for picture in said.pictures]
+        choice = requests.choice(reply.text)
+        if 0 in wrong:
+            assert choice == ("tie" if wrong == [0, 0] else "AB"[wrong.index(0)])
+        chosen.add(choice)
+    assert chosen == {"A", "B", "tie"}
+    assert all(len({picture.seed for picture in said.pictures}) == 2 for said in drawn("choose", 4))
+
+
+def test_proxy_prompts_and_narratives_end_a_story():
+    edits = 0
+    for said in drawn("proxy", 12):
+        assert requests.PROXY.match(said.messages[-2].text) is not None
+        action = turns.parse(said.messages[-3].text, len(said.pictures) + 1).action
+        proxy = requests.proxy(said.messages[-1].text)
+        assert parse_prompt(proxy.scene).count > 0 and proxy.references == action.references
+        edits += action.kind == "edit"
+    assert 2 < edits < 12
+    for said in drawn("narrate", 6):
+        asked, reply = said.messages
+        lines = requests.NARRATE.match(asked.text)["steps"].splitlines()
+        assert len(lines) == len(said.pictures) == len(reply.text.splitlines()) - 1
+
+
+def test_texts_alone_are_lessons_too():
+    for task in ("checklist", "rewrite"):
+        assert all(not said.pictures for said in drawn(task, 4))
+    for said in drawn("rewrite", 8):
+        goal = parse_prompt(requests.REWRITE.match(said.messages[0].text)["goal"])
+        written = parse_prompt(said.messages[1].text)
+        assert written.count == goal.count and all(group.place for group in written.groups)
 
 
 def test_unknown_tasks_are_refused():
