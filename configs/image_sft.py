@@ -36,9 +36,8 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     mini, small = variant == "miniature", variant in ("miniature", "toy")
     section = lambda **fields: mlc.ConfigDict(fields)
     c = mlc.ConfigDict(dict(stage="image"))
-    c.sizes = (
-        "" if variant == "toy" else variant
-    )  # what the weights must be; empty: whatever they are
+    # what the weights must be; empty: whatever they are
+    c.sizes = "" if variant == "toy" else variant
     c.weights = _WEIGHTS[variant]  # diffusers folder, converted folder, hub id, or a run's folder
     c.seed = 0
     c.epochs = 3

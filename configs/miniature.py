@@ -41,10 +41,10 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
-        c.data.tokens = 1024  # of a row that begins with a story
+        c.data.tokens = 1024  # of a row that begins with a long lesson
         c.data.images = 12  # of such a row
-        # steps of a round: short lessons, in four times as many rows; stories
-        c.tasks = section(short=3, stories=1)
+        # steps of a round: short lessons, in four times as many rows; long ones, as stories are
+        c.tasks = section(short=3, long=1)
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.batch = section(rows=_ROWS[variant], accumulation=1)  # rows: per device, data and fsdp

@@ -36,9 +36,8 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     mini, small = variant == "miniature", variant in ("miniature", "toy")
     section = lambda **fields: mlc.ConfigDict(fields)
     c = mlc.ConfigDict(dict(stage="vlm"))
-    c.sizes = (
-        "" if variant == "toy" else variant
-    )  # what the weights must be; empty: whatever they are
+    # what the weights must be; empty: whatever they are
+    c.sizes = "" if variant == "toy" else variant
     c.weights = _WEIGHTS[variant]  # transformers folder, converted folder, hub id, a run's folder
     c.seed = 0
     c.epochs = 3
@@ -47,17 +46,18 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         train="",  # JSON, JSONL, ArrayRecord or Parquet, or a folder of them
         validation="",  # the same, never trained on
         threads=4,  # read and decode at the same time
-        tokens=1024 if small else 16384,  # of a row; several conversations share one
+        # of a row; several conversations share one, and the longest must fit
+        tokens=2048 if mini else 1024 if small else 16384,
         images=-1,  # of a row at most; -1: no limit
     )
     c.template = section(enable_thinking=False)  # names for the chat template, as in vlm.py
     # rows: per device, data and fsdp
-    c.batch = section(rows=4 if mini else 1, accumulation=1 if small else 2)
+    c.batch = section(rows=2 if mini else 1, accumulation=1 if small else 2)
     c.train = ".*"  # pattern of the parameters that are trained; "^language/" freezes the tower
     c.lora = section(  # rank 0: no adapters
         rank=16 if mini else 0,
         alpha=0.0,
-        pattern="kernel$" if mini else r"^language/layers/.*kernel$",
+        pattern=r"(layers|blocks|merger).*kernel$" if mini else r"^language/layers/.*kernel$",
     )
     c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.precision = "float32" if small else "mixed"  # float32, mixed, bfloat16

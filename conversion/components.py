@@ -182,7 +182,9 @@ class Component:
 
         Other JSON files, e.g. generation_config.json; vocabulary and chat templates.
         """
-        if (self.base or self).layout == "bfl":
+        if self.base is not None:
+            return self.base.small_files()
+        if self.layout == "bfl":
             return []
         return [
             file

@@ -1,4 +1,4 @@
-"""What is at a path: a pipeline folder (diffusers' or ours), a model, files, a hub id."""
+"""What is at a path: a pipeline folder, a model, files, adapters, a training run; or a hub id."""
 
 import dataclasses
 import json
@@ -18,6 +18,7 @@ CONDITIONING = "conditioning.json"  # how the inputs of trained weights are made
 ORBAX = "params"  # folder of the Orbax leaves inside a converted component
 # what comes with the package, by the name that stands for its folder
 SHIPPED = {"miniature": "klein", "miniature-vlm": "vlm"}
+ADAPTED = ("transformer", "vlm")  # components that adapters are known of
 SHARED = ("tokenizer", "scheduler", INDEX)  # what is copied as it is
 
 
@@ -30,8 +31,8 @@ class Found:
       path: where.
       components: by name.
       shared: folders and files that are copied as they are, by name.
-      manifest: content of our clvr.json; `conditioning` where weights have it recorded, and of a
-        run the attention `pattern`.
+      manifest: content of our clvr.json; `conditioning` where weights have it recorded, and the
+        attention `pattern` of a run.
     """
 
     kind: str
@@ -54,7 +55,8 @@ def find(
     """Return what is at a path or in a hub repository.
 
     Args:
-      source: a folder, a safetensors file, `org/name` on the hub, or a name in `SHIPPED`.
+      source: a folder (a pipeline's, a model's, PEFT's, a training run's), a safetensors file,
+        `org/name` on the hub, or a name in `SHIPPED`.
       wanted: components to look at; None for all that the pipeline names.
       base: a pipeline whose config.json a single file without one may use, where sizes agree.
       complete: refuse a pipeline that lacks a wanted component; else take what is there, with the
@@ -70,8 +72,6 @@ def find(
         path = Path(clvr_jax.__file__).parent / "miniature" / "weights" / SHIPPED[str(source)]
     if at := runs.place(path):
         return _run(at, wanted, complete)
-    if (path / ADAPTER_CONFIG).exists():
-        return _adapted(path, wanted, complete)
     if not path.exists():
         if not hub.is_repo_id(str(source)):
             raise FileNotFoundError(
@@ -82,6 +82,8 @@ def find(
     if path.is_file():
         component = _single_file(path, base)
         return Found(f"single file, {component.layout} layout", path, {component.name: component})
+    if (path / ADAPTER_CONFIG).exists():
+        return _adapted(path, wanted, complete)
     if (path / MANIFEST).exists():
         return _converted(path, wanted, complete)
     if (path / INDEX).exists():
@@ -151,14 +153,16 @@ def _adapted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:
             f"{path / ADAPTER_CONFIG}: base_model_name_or_path is {weights!r}; write the folder or "
             "repository id of the model there that the adapters are added to"
         )
-    if weights.startswith(("./", "../")):
+    if weights.startswith(("./", "../")) and (path / weights).exists():  # else as PEFT, from here
         weights = str(path / weights)
+    if Path(weights).resolve() == path.resolve():
+        raise ValueError(f"{path / ADAPTER_CONFIG}: base_model_name_or_path is this folder itself")
     try:
         base = find(weights, wanted, complete=complete)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise FileNotFoundError(f"{path} adapts {weights}: {error}") from error
     components = dict(base.components)
-    adapted = [name for name in ("transformer", "vlm") if name in components]
+    adapted = [name for name in ADAPTED if name in components]
     if not adapted and wanted is None:
         raise ValueError(f"{path} adapts {weights}, a {base.kind} with neither klein nor Qwen3-VL")
     for name in adapted:

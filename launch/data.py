@@ -166,6 +166,9 @@ def _prune(options: argparse.Namespace) -> int:
     with looker(options.vlm, options.verify) as look, counted(source, "pruning") as trajectories:
         kept = Pruned(trajectories, options.max_steps, look)
         count = write_jsonl(options.target, kept, copy_images=True)
+    if not count:
+        options.target.unlink()
+        raise ValueError(f"nothing is left of {path}: {kept.summary()}")
     print(f"wrote {count} records to {options.target}; {kept.summary()}")
     return 0
 

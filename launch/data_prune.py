@@ -1,6 +1,7 @@
 """What `launch.data prune` keeps of drawings, and who looks at them and tells their stories."""
 
 import contextlib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -78,7 +79,13 @@ class Pruned:
                 continue
             if self._look is not None:
                 pictures = [read_image(step.image) for step in short.steps]
-                short = prune(short, **self._look(short, pictures))
+                try:
+                    said = self._look(short, pictures)
+                except ValueError as error:  # an answer in no known form
+                    print(f"left out: {error}", file=sys.stderr, flush=True)
+                    self.left_out["the model gave no readable answer about"] += 1
+                    continue
+                short = prune(short, **said)
                 self.rejected += sum(step.verdict == "rejected" for step in short.steps)
             self.steps += len(made.steps) - len(short.steps)
             yield short

@@ -130,13 +130,18 @@ def _miniature(options: argparse.Namespace) -> int:
 
 def _prompts(options: argparse.Namespace) -> int:
     from clvr_jax.miniature.held_out import Split
+    from clvr_jax.miniature.splits import training
     from launch.evaluation import miniature
 
-    if options.count < 0 or (options.split == "train" and not options.count):
-        raise ValueError(
-            f"--count={options.count}; give a number of prompts, or 0 for all, which train has not"
-        )
-    for _, prompt in miniature.chosen(Split(options.split), options.count):
+    if options.count < 0:
+        raise ValueError(f"--count={options.count}; it must not be negative")
+    if options.split != "train":
+        found = [prompt for _, prompt in miniature.chosen(Split(options.split), options.count)]
+    elif options.count:
+        found = training(options.count)
+    else:
+        raise ValueError("the train split has no end: give --count, prompts of each kind")
+    for prompt in found:
         print(prompt.text)
     return 0
 

@@ -2,11 +2,11 @@
 
   python -m launch.miniature --out=outputs/miniature [--preset=quick]
 
-Each stage is a run of `launch.train` in a folder of its own; a stage that is finished is not done
-again, one that was interrupted goes on from its last checkpoint. At the end `OUT/klein_long` is a
-pipeline as diffusers writes it, `OUT/vlm` a model as transformers does, `OUT/klein_sft` and
-`OUT/vlm_sft` are adapters for them, fine-tuned on drawings of the closed loop, and `OUT/weights`
-has all in bfloat16.
+Each stage leaves a folder of its own, most of them by `launch.train`; a stage that is finished is
+not done again, one that was interrupted goes on from its last checkpoint. At the end
+`OUT/klein_long` is a pipeline as diffusers writes it, `OUT/vlm` a model as transformers does,
+`OUT/klein_sft` and `OUT/vlm_sft` are adapters for them, fine-tuned on drawings of the closed loop,
+and `OUT/weights` has all in bfloat16.
 """
 
 from pathlib import Path

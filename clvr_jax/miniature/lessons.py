@@ -39,7 +39,7 @@ SHORT = {
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
-RIGHT = 0.4  # share of criticised pictures that are right
+RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks that are about an edit
 MISTAKES = 0.5  # chance that the painter of a story errs
 LONGEST = 5  # pictures of a story
@@ -155,7 +155,8 @@ def _verify(rng: Rng) -> Lesson:
     if rng.random() < EDITS:
         before, text, after = _edit(rng)
         if rng.random() >= RIGHT:  # more was changed, or nothing, or something else
-            after = _edited(rng, after if rng.random() < 0.5 else before, int(rng.integers(0, 2)))
+            more = rng.random() < 0.5
+            after = _edited(rng, *((after, 1) if more else (before, int(rng.integers(0, 2)))))
         return _about(rng, requests.VERIFY, before, after, questions=checks.question(text))
     prompt, scene = _asked_for(rng)
     questions = "\n".join(checks.questions(prompt.goal, rng))

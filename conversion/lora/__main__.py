@@ -25,9 +25,6 @@ its base, and every command takes it for the adapted model: --weights=adapters/v
 """
 
 
-_ADAPTED = ("transformer", "vlm")  # components whose adapters are known
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code: 0 done, 1 refused or failed (2 is argparse's)."""
     arguments = _parser().parse_args(argv)
@@ -54,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> None:
     target = arguments.target
     if target.exists():
         raise FileExistsError(f"{target} exists; remove it or name another target")
-    found, model = _model(arguments.weights)
+    found, model = _model(arguments.weights, arguments.to)
     to = "folder" if arguments.to == "peft" and target.suffix != ".safetensors" else arguments.to
     if found is None and to in ("folder", "merged"):
         what = "merging" if to == "merged" else "PEFT's folder, which names its base,"
@@ -104,7 +101,8 @@ def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtyp
     partial, table = free(arguments.target), model.table("diffusers")
     partial.mkdir(parents=True)
     try:
-        base = arguments.base or arguments.weights
+        here = Path(arguments.weights)
+        base = arguments.base or (str(here.resolve()) if here.exists() else arguments.weights)
         write_folder(partial, adapters, model.abstract(), table, base, dtype)
         at = runs.place(arguments.source)
         recorded = at.record().get("conditioning") if at else None
@@ -116,17 +114,17 @@ def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtyp
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _model(weights: str) -> tuple[Any, Any]:
+def _model(weights: str, to: str) -> tuple[Any, Any]:
     """What is at the weights, None for a variant's name; and its transformer or Qwen3-VL."""
     from conversion.components import KINDS, Component
-    from conversion.detect import find
+    from conversion.detect import ADAPTED, find
 
-    for name in _ADAPTED:
+    for name in ADAPTED:
         if weights in KINDS[name].variants and not Path(weights).exists():
             config = KINDS[name].variants[weights]
             return None, Component(name, "diffusers", Path(weights), config)
-    found = find(weights)
-    for name in _ADAPTED:
+    found = find(weights, None if to == "merged" else ADAPTED)
+    for name in ADAPTED:
         if name in found.components:
             return found, found.components[name]
     raise ValueError(f"{weights} is a {found.kind} with neither klein's transformer nor Qwen3-VL")
@@ -141,7 +139,8 @@ def _adapters(source: Path, model: Any) -> Any:
         component = at.record()["component"]
         if component != model.name:
             raise ValueError(
-                f"{source} trained a {component}; --weights is the model of a {model.name}"
+                f"{source} trained the {component}, {model.path} has a {model.name}; --weights is "
+                "the model that the run began from"
             )
         return runs.adapters(at)
     if not source.exists():

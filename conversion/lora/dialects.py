@@ -85,7 +85,7 @@ def parse(keys: Iterable[str], modules: Collection[str], file: str) -> dict[str,
 def _unknown(name: str, modules: Collection[str]) -> tuple[str, str, str]:
     """What is found, expected and advised about a name that is no module's."""
     if _OTHER_MODELS.match(name):
-        return "another model's adapter (text encoder or VAE)", "the transformer's only", ""
+        return "another model's adapter (text encoder or VAE)", "this model's only", ""
     near = difflib.get_close_matches(_FLAT_PREFIX.sub("", name), modules, n=3, cutoff=0.5)
     hint = f", e.g. {', '.join(near)}" if near else ""
     return (

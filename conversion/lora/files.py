@@ -139,8 +139,12 @@ def _tensors(
         if f"{name}/kernel" not in kernels:
             raise ValueError(f"adapter {name} has no kernel {name}/kernel in this model")
         lora.check(name, kernels[f"{name}/kernel"].shape, a.shape, b.shape)
-    tensors, ranks = {}, {}
-    for entry in _linear(table, abstract):
+    tensors, ranks, entries = {}, {}, _linear(table, abstract)
+    written = {lora.parent(target.path) for entry in entries for target in entry.targets}
+    lost = [name for name in pairs.keys() - written if any(map(np.any, pairs[name]))]
+    if lost:
+        raise ValueError(f"{what}: no LoRA file has adapters of {', '.join(sorted(lost))}")
+    for entry in entries:
         parts = []
         for target in entry.targets:
             a, b = _layer(pairs.get(lora.parent(target.path)), target)
@@ -288,7 +292,7 @@ def _layer(pair: tuple[Any, Any] | None, target: Target) -> Factors:
 
 
 def _lora_config(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """What diffusers writes of PEFT's LoraConfig: the most common rank, and the others by name."""
+    """What matters of PEFT's LoraConfig: the most common rank, and the others by name."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != common}
     return {

@@ -13,7 +13,7 @@ from clvr_jax.typing import Params
 from clvr_jax.weights import WeightsError, is_finite
 from conversion.check import check
 from conversion.components import Component
-from conversion.detect import MANIFEST, Found
+from conversion.detect import CONDITIONING, MANIFEST, Found
 from conversion.lazy import Lazy, Stored
 from conversion.output import finish, free, room
 from conversion.progress import Progress
@@ -30,7 +30,7 @@ class MergedSource:
     """
 
     def __init__(self, base: Source, adapters: Params):
-        self.base = base
+        self.base, self.path = base, base.path
         self._adapters = lora.pairs(adapters)
 
     def read(self, path: str, layer: int | None) -> Lazy:
@@ -102,11 +102,12 @@ def write_merged(
         for name, part in found.components.items():
             if name != "transformer":
                 _copy(_place(part), partial / _place(part).relative_to(found.path))
-        for path in found.shared.values():
+        recorded = found.path / CONDITIONING
+        for path in [*found.shared.values(), *([recorded] if recorded.exists() else [])]:
             _copy(path, partial / path.relative_to(found.path))
         progress.start("transformer", nbytes)
         _write(partial, found, component, source, progress)
-        if found.manifest:
+        if "components" in found.manifest:
             manifest = _manifest(found.manifest, component, source, origin)
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         finish(partial, target)

@@ -12,7 +12,7 @@ from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.pictures import picture_of, rendered, stacked
 from clvr_jax.miniature.prompts import KINDS, Prompt
 from clvr_jax.miniature.readings import Readings, agreement
-from clvr_jax.miniature.splits import prompts, training
+from clvr_jax.miniature.splits import prompts
 from clvr_jax.statistics import rate
 from launch.evaluation import reading
 from launch.evaluation.sampling import Draw, Job, draw_all, groups, total_speed
@@ -239,13 +239,7 @@ def vae_ceiling(parts: Parts, plan: Plan) -> Ceiling:
 
 
 def chosen(split: Split, count: int) -> list[tuple[int, Prompt]]:
-    """Return the first `count` prompts of each kind, 0 for all, with their numbers in the split.
-
-    Raises:
-      ValueError: all of the training split, which has no end.
-    """
-    if split is Split.TRAIN and count:
-        return list(enumerate(training(count)))
+    """Return the first `count` prompts of each kind, 0 for all, with their numbers in the split."""
     numbered = list(enumerate(prompts(split)))
     of = lambda kind: [(i, prompt) for i, prompt in numbered if prompt.kind == kind]
     return [each for kind in KINDS for each in of(kind)[: count or None]]

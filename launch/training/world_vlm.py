@@ -27,9 +27,9 @@ __all__ = ["data", "find", "networks", "stage"]
 
 Drawn = tuple[Example, list[Picture]]
 _PARTS = 4  # rows of short lessons alone that are as long as one with a long one
-_LEAST = 160  # tokens of the longest short lesson, about
+_LEAST = 200  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 4  # of what the lessons are; another one is other data
+_VERSION = 5  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:
@@ -78,12 +78,12 @@ def data(
     world.require_steps(steps)
     reads, cfg = vlm.reader(config, weights), weights.config
     patches = (SIDE // cfg.vision.patch) ** 2
-    long = Shape(config.data.tokens, config.data.images, patches)
-    short = Shape(long.tokens // _PARTS, long.images // 2, patches)
-    kinds = [(short, rows * _PARTS)] * config.tasks.short + [(long, rows)] * config.tasks.stories
-    if not kinds or short.tokens < _LEAST or not short.images:
+    row = Shape(config.data.tokens, config.data.images, patches)
+    part = Shape(row.tokens // _PARTS, row.images // 2, patches)
+    kinds = [(part, rows * _PARTS)] * config.tasks.short + [(row, rows)] * config.tasks.long
+    if not kinds or part.tokens < _LEAST or not part.images:
         raise ValueError(
-            f"a round of {len(kinds)} steps, a row of {long.tokens} tokens and {long.images} "
+            f"a round of {len(kinds)} steps, a row of {row.tokens} tokens and {row.images} "
             f"pictures: give one step at least, {_LEAST * _PARTS} tokens and 2 pictures"
         )
 
@@ -102,7 +102,7 @@ def data(
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
         of = lambda number: row_generator(config.seed, step.epoch, int(number), Stream.LESSONS)
-        rows = [fill(of(number), step.static, draw, step.static == long) for number in own.flat]
+        rows = [fill(of(number), step.static, draw, step.static == row) for number in own.flat]
         shown = [picture for taken in rows for _, pictures in taken for picture in pictures]
         most = own.size * step.static.images  # of one size, so that it compiles once
         pixels = rendered(shown, most)

@@ -62,6 +62,7 @@ def test_a_folder_is_the_adapted_model(adapted):
     found = find(adapted / "adapters")
     component = found.components["vlm"]
     assert component.config == vlm_cases.UNTIED and component.folder == adapted / "base"
+    assert component.open().path == component.base.open().path, "what errors name"
     params = tree.flatten(load(component.open(), VLM.abstract(), STACKED))
     equal(params, expected(adapted / "base"))
     base = tree.flatten(load(component.base.open(), VLM.abstract(), STACKED))
@@ -89,6 +90,34 @@ def test_saved_adapters_become_a_folder_and_come_back(adapted):
     assert config["base_model_name_or_path"] == str(adapted / "base") and config["r"] == 3
     file = "adapter_model.safetensors"
     lora_cases.equal_files(adapted / "again" / file, adapted / "adapters" / file)
+
+
+def test_bases_are_beside_it_or_from_here(adapted, monkeypatch):
+    as_text = lambda *given: [str(each) for each in given]
+    monkeypatch.chdir(adapted)
+    given = as_text("adapters", "saved", "--weights=base")
+    assert main(given) == 0
+    assert main(as_text("saved", "absolute", "--to=peft", "--weights=base")) == 0
+    (adapted / "deep").mkdir()
+    (adapted / "absolute").rename(adapted / "deep" / "absolute")
+    name(adapted / "adapters", "./base")  # as PEFT reads it, from the working directory
+    monkeypatch.chdir(adapted / "deep")
+    assert find("absolute").components["vlm"].folder.samefile(adapted / "base")
+    with pytest.raises(FileNotFoundError, match=r"adapts \./base"):
+        find(adapted / "adapters")
+    monkeypatch.chdir(adapted)
+    assert find("adapters").components["vlm"].folder.samefile("base")
+    name(adapted / "adapters", "../adapters")
+    with pytest.raises(ValueError, match="is this folder itself"):
+        find("adapters")
+
+
+def test_what_no_file_can_hold_is_not_dropped(tmp_path):
+    """PEFT adapts linear layers; the patch embedding is a convolution."""
+    adapters = trained(VLM.abstract(), "patch_embed", STACKED)
+    with pytest.raises(ValueError, match="no LoRA file has adapters of visual/patch_embed"):
+        write_folder(tmp_path, adapters, VLM.abstract(), VLM.table("diffusers"), "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_of_what_a_folder_cannot_be_weights(adapted, capsys):

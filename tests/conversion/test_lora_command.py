@@ -83,6 +83,27 @@ def test_merging_keeps_the_layout(tmp_path, layout, dtype):
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_merging_keeps_how_inputs_are_made(tmp_path):
+    (tmp_path / "model").mkdir()
+    source = model(tmp_path / "model", "diffusers", params(np.float32))
+    (source / "conditioning.json").write_text('{"text": "instruction"}')
+    write(tmp_path / "x.safetensors", ours("img_in"), ABSTRACT)
+    given = [str(tmp_path / name) for name in ("x.safetensors", "merged")]
+    assert main([*given, "--to=merged", f"--weights={source}"]) == 0
+    assert find(tmp_path / "merged").manifest == {"conditioning": {"text": "instruction"}}
+
+
+def test_what_a_file_does_not_need_need_not_be_there(tmp_path):
+    (tmp_path / "model").mkdir()
+    source = model(tmp_path / "model", "diffusers", params(np.float32))
+    index = json.loads((source / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "x"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    write(tmp_path / "x.safetensors", ours("img_in"), ABSTRACT)
+    given = [str(tmp_path / name) for name in ("x.safetensors", "y.safetensors")]
+    assert main([*given, "--to=bfl", f"--weights={source}"]) == 0
+
+
 def test_files_and_saved_adapters(tmp_path):
     adapters, x = ours("single_blocks"), [tmp_path / f"{i}.safetensors" for i in range(4)]
     write(x[0], adapters, ABSTRACT)

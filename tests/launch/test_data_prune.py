@@ -16,7 +16,7 @@ from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.scene import Scene, Thing
 from launch import data
 from launch.data_prune import looker
-from launch.drawing import folder, run
+from launch.drawing import folder, models, run
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
 
 
@@ -76,6 +76,27 @@ def test_a_model_verifies_every_picture(drawn):
     assert shown == [[0], [0, 1], [1, 2], [2, 3]]
     with pytest.raises(ValueError, match="step 1: the checklist is empty"):
         verify(Vlm(" "), made, blank, Options(max_tokens=64))
+
+
+def test_one_unreadable_answer_costs_one_drawing(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "vlm", lambda *given: Vlm("one line", "one\ntwo\nthree\nfour\nend"))
+    target = tmp_path / "train.jsonl"
+    assert data.main(["prune", str(drawn), str(target), "--vlm=x"]) == 0
+    told = capsys.readouterr()
+    assert "1 the model gave no readable answer about" in told.out
+    assert "needs a line each and one for the end, got 1" in told.err
+    assert [step.reasoning for step in open_source(target)[0].steps] == [
+        "one",
+        "two",
+        "three",
+        "four",
+    ]
+
+
+def test_nothing_left_is_an_error(drawn, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["prune", str(drawn), str(tmp_path / "x.jsonl"), "--max_steps=1"])
+    assert "nothing is left" in capsys.readouterr().err and not (tmp_path / "x.jsonl").exists()
 
 
 def test_rejected_pictures_are_seen_but_not_learnt(drawn):

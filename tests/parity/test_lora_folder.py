@@ -58,6 +58,13 @@ def trained(abstract, pattern, stacked):
     return tree.unflatten({path: fill(path, leaf) for path, leaf in tree.flatten(new).items()})
 
 
+def disturb(adapted):
+    """Give PEFT's adapters an effect."""
+    for i, (name, weight) in enumerate(adapted.named_parameters()):
+        if "lora_B" in name:
+            weight.data = torch.from_numpy(0.05 * normal(*weight.shape, seed=i))
+
+
 def compare(found, expected, plain):
     assert np.abs(expected - plain).max() > 0.1 * np.abs(plain).max(), "the adapters do too little"
     assert within(TOLERANCE, found, expected)
@@ -79,26 +86,36 @@ def test_we_load_what_peft_saves_of_qwen3_vl(tmp_path, rslora):
     model, cfg, _, _ = pair()
     config = LoraConfig(r=4, lora_alpha=6, target_modules=MODULES, use_rslora=rslora)
     adapted = get_peft_model(copy.deepcopy(model), config)
-    for i, (name, weight) in enumerate(adapted.named_parameters()):
-        if "lora_B" in name:
-            weight.data = torch.from_numpy(0.05 * normal(*weight.shape, seed=i))
+    disturb(adapted)
     adapted.save_pretrained(tmp_path)
     adapters = read(tmp_path, qwen3_vl_model.abstract_params(cfg), [table(cfg)])
     assert len(lora.pairs(adapters)) == 15  # kernels, layers of one kind stacked
     compare(ours(adapters), theirs(adapted.base_model.model), theirs(model))
 
 
-def test_peft_loads_our_folder_of_klein(tmp_path):
-    model = reference.transformer()
+def compare_klein(adapters, adapted):
+    model, layout = reference.transformer(), Layout(text=7, noise=(3, 5))
     cfg, params = carry(model)
-    abstract = transformer_params(cfg)
-    adapters = trained(abstract, "(double|single)_blocks", flux2.STACKED)
-    write_folder(tmp_path, adapters, abstract, DIFFUSERS, "black-forest-labs/FLUX.2-klein-4B")
-    layout = Layout(text=7, noise=(3, 5))
     tokens, text = normal(2, layout.image_tokens, cfg.channels), normal(2, 7, cfg.text_width)
     inputs = tokens, text, np.array([0.0, 0.6], np.float32)
     theirs = lambda model: reference.velocity(model, *inputs, layout.noise, ())
-    adapted = PeftModel.from_pretrained(reference.transformer(), tmp_path).base_model.model
     variables = {"params": params, "lora": adapters}
     found = Transformer(cfg).apply(variables, *map(jnp.asarray, inputs), layout)
-    compare(found, theirs(adapted), theirs(model))
+    compare(found, theirs(adapted.base_model.model), theirs(model))
+
+
+def test_peft_loads_our_folder_of_klein(tmp_path):
+    abstract = transformer_params(carry(reference.transformer())[0])
+    adapters = trained(abstract, "(double|single)_blocks", flux2.STACKED)
+    write_folder(tmp_path, adapters, abstract, DIFFUSERS, "black-forest-labs/FLUX.2-klein-4B")
+    compare_klein(adapters, PeftModel.from_pretrained(reference.transformer(), tmp_path))
+
+
+@pytest.mark.slow
+def test_we_load_what_peft_saves_of_klein(tmp_path):
+    config = LoraConfig(r=4, target_modules=["to_q", "to_v", "to_qkv_mlp_proj", "linear_out"])
+    adapted = get_peft_model(reference.transformer(), config)
+    disturb(adapted)
+    adapted.save_pretrained(tmp_path)
+    abstract = transformer_params(carry(reference.transformer())[0])
+    compare_klein(read(tmp_path, abstract), adapted)
