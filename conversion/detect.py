@@ -288,8 +288,10 @@ def _single_files(path: Path, base: Found | None) -> Found:
     """A folder of single files, e.g. a transformer and ae.safetensors."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
+        parts = [str(path / name) for name in KINDS if (path / name / "config.json").exists()]
+        hint = f"; did you mean {' or '.join(parts)}?" if parts else ""
         raise FileNotFoundError(
-            f"{path} holds no {MANIFEST}, {INDEX}, config.json or .safetensors file"
+            f"{path} holds no {MANIFEST}, {INDEX}, config.json or .safetensors file{hint}"
         )
     components: dict[str, Component] = {}
     for file in files:

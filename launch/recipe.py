@@ -143,7 +143,7 @@ class Recipe:
 
     def vlm(self, folder: Path) -> None:
         """Train the Qwen3-VL, and write it."""
-        self._exported(folder, self._train("vlm", self.out / "vlm_begin"))
+        self._exported(folder, self._train("vlm", self.out / "vlm_begin"), only="vlm")
 
     def vae(self, folder: Path) -> None:
         """Train the VAE, measure its latents, and write a klein with it."""
@@ -210,8 +210,8 @@ class Recipe:
         """Write all once more in bfloat16, as they come with the package."""
         with aside(folder) as partial:
             partial.mkdir()
-            for name, stage in (("klein", "klein_long"), ("vlm", "vlm")):
-                self._exported(partial / name, self.out / stage, "--dtype=bfloat16")
+            for name, stage, only in (("klein", "klein_long", ""), ("vlm", "vlm", "vlm")):
+                self._exported(partial / name, self.out / stage, "--dtype=bfloat16", only=only)
                 tuned, base = f"{name}_sft", f"--base=../{name}"
                 self._adapters(partial / tuned, tuned, stage, base, "--dtype=bfloat16")
 
@@ -250,11 +250,18 @@ class Recipe:
         command = [sys.executable, "-m", "conversion.lora", run, str(folder), "--to=peft", weights]
         _call([*command, *options], f"writing {folder}")
 
-    def _exported(self, folder: Path, source: Path, *options: str) -> None:
-        """Write a run or a folder as one in the released layout."""
-        command = [sys.executable, "-m", "conversion", str(source), str(folder), *options]
+    def _exported(self, folder: Path, source: Path, *options: str, only: str = "") -> None:
+        """Write a run or a folder in the released layout; `only` one part, as a model by itself."""
+        target = folder
+        if only:
+            target = folder.with_name(f"{folder.name}.parts")
+            shutil.rmtree(target, ignore_errors=True)
+        command = [sys.executable, "-m", "conversion", str(source), str(target), *options]
         command.append("--to=diffusers")
         _call(command, f"writing {folder}")
+        if only:
+            (target / only).rename(folder)
+            target.rmdir()
 
 
 def _call(command: Sequence[str], what: str) -> None:

@@ -147,6 +147,10 @@ def test_nothing_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; expected a folder"):
         find(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "parts" / "vlm").mkdir(parents=True)
+    (tmp_path / "parts" / "vlm" / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"did you mean .*parts/vlm\?"):
+        find(tmp_path / "parts")
     with pytest.raises(FileNotFoundError, match=r"empty holds no clvr\.json, model_index\.json"):
         find(tmp_path / "empty")
 
