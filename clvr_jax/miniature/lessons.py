@@ -28,21 +28,24 @@ from clvr_jax.miniature.teacher.policy import Policy
 
 # share of each kind among short lessons, of a question and an answer
 SHORT = {
-    "inventory": 0.2,
+    "inventory": 0.15,
     "caption": 0.05,
     "difference": 0.1,
-    "critique": 0.25,
-    "verify": 0.15,
-    "choose": 0.15,
-    "checklist": 0.05,
+    "critique": 0.2,
+    "verify": 0.1,
+    "choose": 0.1,
+    "checklist": 0.1,
     "rewrite": 0.05,
+    "repeat": 0.15,
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
 RIGHT = 0.4  # share of right pictures among those that are judged
-EDITS = 0.4  # share of checks that are about an edit
+EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.5  # chance that the painter of a story errs
 LONGEST = 5  # pictures of a story
+# asked by nobody else: who cannot find a word again cannot compare a picture with a prompt
+REPEAT = requests.Request("Say this again, word for word: {text}")
 BLANK = Image.new("RGB", (SIDE, SIDE))
 _POLICY = Policy()
 
@@ -173,6 +176,11 @@ def _rewrite(rng: Rng) -> Lesson:
     return _about(rng, requests.REWRITE, goal=_goal(rng))
 
 
+def _repeat(rng: Rng) -> Lesson:
+    text = _edit(rng)[1] if rng.random() < EDITS else _goal(rng)
+    return Lesson([REPEAT.message(text=text), assistant(text)], [])
+
+
 def _goal(rng: Rng) -> str:
     return prompts.sample(rng, None, Split.TRAIN)[0].text
 
@@ -227,6 +235,7 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "choose": _choose,
     "checklist": _checklist,
     "rewrite": _rewrite,
+    "repeat": _repeat,
     "story": _story,
     "proxy": _proxy,
     "narrate": _narrate,

@@ -109,13 +109,15 @@ def _table(title: str, fields: tuple[str, ...], rows: Sequence[tuple[str, list[R
         table.add_column("95 %", style="dim")
     table.add_column("of", justify="right")
     for name, rates in rows:
-        cells = [
-            text
-            for rate in rates
-            for text in (f"{rate.value:.1%}", f"{100 * rate.low:.1f} - {100 * rate.high:.1f}")
-        ]
+        cells = [text for rate in rates for text in _cells(rate)]
         table.add_row(name, *cells, str(rates[0].trials))
     return table
+
+
+def _cells(rate: Rate) -> tuple[str, str]:
+    if not rate.trials:
+        return "none", ""
+    return f"{rate.value:.1%}", f"{100 * rate.low:.1f} - {100 * rate.high:.1f}"
 
 
 def plain(value: Any) -> Any:

@@ -4,13 +4,23 @@ import io
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
+from clvr_jax.backends import requests
+from clvr_jax.backends.protocol import Options
 from clvr_jax.miniature import detect, scores, splits
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.parse import parse_prompt
+from clvr_jax.miniature.pictures import picture_of, rendered
 from clvr_jax.miniature.prompts import KINDS
 from clvr_jax.miniature.readings import certain
+from clvr_jax.miniature.scene import from_codes
 from clvr_jax.miniature.teacher import Policy, Teacher
+from clvr_jax.miniature.teacher.looks import read_inventory
+from clvr_jax.miniature.teacher.plan import layout
+from clvr_jax.statistics import rate_of
+from launch import build_vlm
 from launch.evaluation import page, reading, view
 
 COUNT = 24
@@ -114,3 +124,24 @@ def test_tables_and_page_show_it(cases):
         view._table("reading", ("inventory", *view.THINGS), [("", view.inventory_rates(found))])
     )
     assert f"{found['inventory'].value:.1%}" in console.export_text()
+    console.print(view._table("x", ("precision",), [("never said", [rate_of(0, 0)])]))
+    assert "none" in (text := console.export_text()) and "nan" not in text
+
+
+def test_the_model_that_ships_reads_pictures():
+    few = {"a red circle": 1, "two blue stars and a green ring": 3, "five black squares": 5}
+    shown = []
+    for text, count in few.items():
+        scene = layout(parse_prompt(text), np.random.default_rng(count))
+        assert len(scene.things) == count
+        shown.append(picture_of(scene, np.random.default_rng(count)))
+    weights = build_vlm.find("miniature-vlm")
+    assert weights.variant == "miniature"
+    vlm = build_vlm.load_vlm(weights, dtype="float32", context=512)
+    try:
+        for picture, pixels in zip(shown, rendered(shown, len(shown)), strict=True):
+            asked = requests.INVENTORY.message(Image.fromarray(pixels))
+            text = vlm.start().ask([asked], Options(max_tokens=128, temperature=0.0)).text
+            assert read_inventory(text) == from_codes(picture.codes)
+    finally:
+        vlm.close()

@@ -126,8 +126,10 @@ def test_proxy_prompts_and_narratives_end_a_story():
 
 
 def test_texts_alone_are_lessons_too():
-    for task in ("checklist", "rewrite"):
+    for task in ("checklist", "rewrite", "repeat"):
         assert all(not said.pictures for said in drawn(task, 4))
+    for said in drawn("repeat", 8):
+        assert said.messages[1].text == lessons.REPEAT.match(said.messages[0].text)["text"]
     for said in drawn("rewrite", 8):
         goal = parse_prompt(requests.REWRITE.match(said.messages[0].text)["goal"])
         written = parse_prompt(said.messages[1].text)
