@@ -33,7 +33,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     """Return the config of a variant."""
     if variant not in _WEIGHTS:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_WEIGHTS)}")
-    mini, small = variant == "miniature", variant in ("miniature", "toy")
+    small = variant in ("miniature", "toy")
     section = lambda **fields: mlc.ConfigDict(fields)
     c = mlc.ConfigDict(dict(stage="image"))
     # what the weights must be; empty: whatever they are
@@ -50,35 +50,29 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     )
     # what of a trajectory the transformer is given (clvr_jax/data/conditioning.py), recorded with
     # the weights
-    c.condition = section(
-        text="instruction" if mini else "trajectory",
-        references="chosen" if mini else "all",
-        last_k=0,
-    )
-    c.condition.buckets = (32, 56, 144) if mini else (512, 1024, 2048)
+    c.condition = section(text="trajectory", references="all", last_k=0)
+    c.condition.buckets = (512, 1024, 2048)
     c.pictures = section(
         areas=((64 * 64),) if small else ((1024 * 1024),),  # further ones take smaller pictures
         pattern="full",  # who attends to whom: full as klein; causal and kv as experiments
         rejected=False,  # learn pictures that the trajectory itself rejected
     )
     # noise levels: clvr_jax/diffusion/path.py tells the sources of these choices
-    c.times = section(distribution="logit_normal", mean=0.0, std=1.2 if mini else 1.0)
-    c.times.shift = "2.5" if mini else "dynamic"
+    c.times = section(distribution="logit_normal", mean=0.0, std=1.0)
+    c.times.shift = "dynamic"  # or a number, "3.0"
     c.times.weighting = "none"
-    c.dropout = 0.1 if mini else 0.0  # share of rows without text, for weights that are guided
-    # rows: per device along data and fsdp
-    c.batch = section(rows=32 if mini else 1, accumulation=1)
+    c.dropout = 0.0  # share of rows without text, for weights sampled with guidance
+    c.batch = section(rows=1, accumulation=1)  # rows: per device along data and fsdp
     c.train = ".*"  # pattern of the parameters that are trained
-    # rank 0: no adapters
-    c.lora = section(rank=16 if mini else 0, alpha=0.0, pattern=r"blocks/.*kernel$")
+    c.lora = section(rank=0, alpha=0.0, pattern=r"blocks/.*kernel$")  # rank 0: no adapters
     c.precision = "float32" if small else "mixed"  # float32, mixed, bfloat16
-    c.ema = 0.99 if mini else 0.0
+    c.ema = 0.0
     c.remat = "none" if small else "full"  # none, full, attention, dots
-    c.attention = "reference" if mini else "auto"  # sequences of the miniature are short
+    c.attention = "auto"
     c.optim = section(
         name="adamw",
         learning_rate=1e-3 if small else 1e-5,
-        schedule="cosine" if mini else "constant",
+        schedule="constant",
         warmup=0.0 if small else 100.0,  # steps, or a share of all below 1
         end=0.0,
         momentum=(0.9, 0.999),
@@ -98,8 +92,15 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         samples=4,  # of the validation data, else of the training data, with their conditions
         prompts=(),
         seed=0,
-        steps=4 if variant == "toy" else 28,
-        guidance=1.0 if variant == "toy" else 4.0,
+        steps=4 if small else 28,
+        guidance=1.0 if small else 4.0,
     )
     c.trackers = ()  # tensorboard, wandb
+    if variant == "miniature":  # as its weights were trained, and sampled
+        c.condition.update(text="instruction", references="chosen", buckets=(32, 56, 144))
+        c.times.update(std=1.2, shift="2.5")
+        c.dropout, c.ema, c.attention = 0.1, 0.99, "reference"
+        c.batch.rows, c.lora.rank = 32, 16
+        c.optim.schedule = "cosine"
+        c.preview.update(steps=28, guidance=4.0)
     return c

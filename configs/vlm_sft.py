@@ -33,7 +33,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     """Return the config of a variant."""
     if variant not in _WEIGHTS:
         raise ValueError(f"variant {variant!r} is unknown; choose from {', '.join(_WEIGHTS)}")
-    mini, small = variant == "miniature", variant in ("miniature", "toy")
+    small = variant in ("miniature", "toy")
     section = lambda **fields: mlc.ConfigDict(fields)
     c = mlc.ConfigDict(dict(stage="vlm"))
     # what the weights must be; empty: whatever they are
@@ -46,24 +46,20 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         train="",  # JSON, JSONL, ArrayRecord or Parquet, or a folder of them
         validation="",  # the same, never trained on
         threads=4,  # read and decode at the same time
-        # of a row; several conversations share one, and the longest must fit
-        tokens=2048 if mini else 1024 if small else 16384,
+        tokens=1024 if small else 16384,  # of a row; several conversations share one
         images=-1,  # of a row at most; -1: no limit
     )
     c.template = section(enable_thinking=False)  # names for the chat template, as in vlm.py
-    # rows: per device, data and fsdp
-    c.batch = section(rows=2 if mini else 1, accumulation=1 if small else 2)
+    c.batch = section(rows=1, accumulation=1 if small else 2)  # rows: per device, data and fsdp
     c.train = ".*"  # pattern of the parameters that are trained; "^language/" freezes the tower
     c.lora = section(  # rank 0: no adapters
-        rank=16 if mini else 0,
-        alpha=0.0,
-        pattern=r"(layers|blocks|merger).*kernel$" if mini else r"^language/layers/.*kernel$",
+        rank=0, alpha=0.0, pattern=r"^language/layers/.*kernel$"
     )
     c.chunk = 512  # tokens whose scores over the vocabulary exist at once
     c.precision = "float32" if small else "mixed"  # float32, mixed, bfloat16
     c.ema = 0.0
     c.remat = "none" if small else "full"  # none, full, attention, dots
-    c.attention = "blocked" if mini else "auto"
+    c.attention = "auto"
     c.optim = section(
         name="adamw",
         learning_rate=1e-3 if small else 1e-5,
@@ -88,4 +84,8 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         tokens=256,
     )
     c.trackers = ()  # tensorboard, wandb
+    if variant == "miniature":
+        c.data.tokens, c.batch.rows = 2048, 2  # eight pictures and turns must fit into a row
+        c.lora.update(rank=16, pattern=r"(layers|blocks|merger).*kernel$")
+        c.attention = "blocked"
     return c

@@ -140,7 +140,7 @@ def _run(at: runs.Place, wanted: Sequence[str] | None, complete: bool) -> Found:
                 f"{at.folder} trained the {name} of {weights}, which has none any more"
             )
         components[name] = runs.component(components[name], at)
-    manifest = {key: record[key] for key in ("conditioning", "pattern") if key in record}
+    manifest = _inputs(record)
     step = "newest checkpoint" if at.step is None else f"step {at.step}"
     return Found(f"run ({step}) over {base.kind}", at.folder, components, base.shared, manifest)
 
@@ -168,8 +168,7 @@ def _adapted(path: Path, wanted: Sequence[str] | None, complete: bool) -> Found:
     for name in adapted:
         below = components[name]
         components[name] = dataclasses.replace(below, layout="adapters", path=path, base=below)
-    kept = {key: base.manifest[key] for key in ("conditioning", "pattern") if key in base.manifest}
-    manifest = kept | _recorded(path)
+    manifest = _inputs(base.manifest) | _recorded(path)
     return Found(f"adapters over {base.kind}", path, components, base.shared, manifest)
 
 
@@ -307,6 +306,11 @@ def _single_files(path: Path, base: Found | None) -> Found:
 
 def _shared(path: Path) -> dict[str, Path]:
     return {name: path / name for name in SHARED if (path / name).exists()}
+
+
+def _inputs(known: Mapping[str, Any]) -> dict[str, Any]:
+    """How the inputs of weights are made, of all that is known of them."""
+    return {key: known[key] for key in ("conditioning", "pattern") if key in known}
 
 
 def _recorded(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,13 @@ def bfl_name(component: Component, found: Found) -> str:
     return f"flux-2-klein-{'' if values.get('is_distilled') else 'base-'}{size}.safetensors"
 
 
+def write_conditioning(folder: Path, known: Mapping[str, Any]) -> None:
+    """Write how the inputs of weights are made, where that is known."""
+    conditioning = known.get("conditioning")
+    if conditioning is not None:
+        (folder / CONDITIONING).write_text(json.dumps(conditioning, indent=2) + "\n")
+
+
 def write_rest(
     folder: Path,
     found: Found,
@@ -73,9 +81,8 @@ def write_rest(
                 shutil.copyfile(path, folder / name)
         elif _NEEDED_BY[name] in chosen:
             shutil.copytree(path, folder / name, copy_function=shutil.copyfile)
-    conditioning = found.manifest.get("conditioning")
-    if conditioning is not None and "transformer" in chosen:
-        (folder / CONDITIONING).write_text(json.dumps(conditioning, indent=2) + "\n")
+    if "transformer" in chosen:
+        write_conditioning(folder, found.manifest)
     if to == "orbax":
         content = {"format": 1, "components": manifest, "source": source}
         (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")

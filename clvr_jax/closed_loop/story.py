@@ -29,7 +29,7 @@ def narrate(
     steps = "\n".join(step.action.line() for step in trajectory.steps)
     asked = requests.NARRATE.message(*pictures, goal=trajectory.goal, steps=steps)
     reply = _answer(vlm, asked, options)
-    told = [line.strip() for line in reply.splitlines() if line.strip()]
+    told = _lines(reply)
     if len(told) != len(trajectory.steps) + 1:
         raise ValueError(
             f"{trajectory.id}: a story of {len(trajectory.steps)} steps needs a line each and one "
@@ -62,14 +62,17 @@ def verify(
             asked = requests.EDIT_CHECKLIST.message(edit=text)
         else:
             asked = requests.CHECKLIST.message(goal=text)
-        reply = _answer(vlm, asked, options)
-        questions = [line.strip() for line in reply.splitlines() if line.strip()]
+        questions = _lines(_answer(vlm, asked, options))
         if not questions:
             raise ValueError(f"{trajectory.id}, step {index + 1}: the checklist is empty")
         shown = [pictures[number] for number in (*chosen, index)]
         asked = requests.VERIFY.message(*shown, questions="\n".join(questions))
         found.append(all(requests.checks(_answer(vlm, asked, options), len(questions))))
     return found
+
+
+def _lines(reply: str) -> list[str]:
+    return [line.strip() for line in reply.splitlines() if line.strip()]
 
 
 def _answer(vlm: Vlm, asked: Message, options: Options) -> str:

@@ -164,6 +164,25 @@ def sample(
     raise ValueError(f"found no edit ({kind or 'any'}, {split.value}) of {scene}")
 
 
+def sample_scene(
+    rng: np.random.Generator, kind: str | None = None, split: Split = Split.TRAIN
+) -> tuple[Edit, str, Scene, Scene]:
+    """Return an edit of some scene, its words, and the scene before and after it.
+
+    Raises:
+      ValueError: the kind is unknown.
+    """
+    if kind not in (None, *KINDS):
+        raise ValueError(f"no edits of kind {kind}, only {', '.join(KINDS)}")
+    while True:
+        before = scenes.sample(rng, split)
+        try:
+            edit, text, after = sample(rng, before, kind, split)
+        except ValueError:  # a full scene takes no more, and one thing may have nowhere to go
+            continue
+        return edit, text, before, after
+
+
 def sample_pair(
     rng: np.random.Generator, split: Split = Split.TRAIN
 ) -> tuple[Edit, str, list[Scene], Scene]:

@@ -143,23 +143,14 @@ def _choose(rng: Rng) -> Lesson:
     return _about(rng, requests.CHOOSE, *pair, apart=True, goal=prompt.text)
 
 
-def _edit(rng: Rng) -> tuple[Scene, str, Scene]:
-    """A scene, the words of an edit of it, and what comes of it."""
-    while True:
-        before = _scene(rng)
-        try:
-            _, text, after = edits.sample(rng, before, None, Split.TRAIN)
-        except ValueError:  # see `_edited`
-            continue
-        return before, text, after
-
-
 def _verify(rng: Rng) -> Lesson:
     if rng.random() < EDITS:
-        before, text, after = _edit(rng)
-        if rng.random() >= RIGHT:  # more was changed, or nothing, or something else
-            more = rng.random() < 0.5
-            after = _edited(rng, *((after, 1) if more else (before, int(rng.integers(0, 2)))))
+        _, text, before, after = edits.sample_scene(rng)
+        if rng.random() >= RIGHT:
+            if rng.random() < 0.5:  # more was changed
+                after = _edited(rng, after, 1)
+            else:  # nothing was, or something else
+                after = _edited(rng, before, int(rng.integers(0, 2)))
         return _about(rng, requests.VERIFY, before, after, questions=checks.question(text))
     prompt, scene = _asked_for(rng)
     questions = "\n".join(checks.questions(prompt.goal, rng))
@@ -168,7 +159,7 @@ def _verify(rng: Rng) -> Lesson:
 
 def _checklist(rng: Rng) -> Lesson:
     if rng.random() < EDITS:
-        return _about(rng, requests.EDIT_CHECKLIST, edit=_edit(rng)[1])
+        return _about(rng, requests.EDIT_CHECKLIST, edit=_order(rng))
     return _about(rng, requests.CHECKLIST, goal=_goal(rng))
 
 
@@ -177,12 +168,16 @@ def _rewrite(rng: Rng) -> Lesson:
 
 
 def _repeat(rng: Rng) -> Lesson:
-    text = _edit(rng)[1] if rng.random() < EDITS else _goal(rng)
+    text = _order(rng) if rng.random() < EDITS else _goal(rng)
     return Lesson([REPEAT.message(text=text), assistant(text)], [])
 
 
 def _goal(rng: Rng) -> str:
     return prompts.sample(rng, None, Split.TRAIN)[0].text
+
+
+def _order(rng: Rng) -> str:
+    return edits.sample_scene(rng)[1]
 
 
 def _story(rng: Rng) -> Lesson:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from clvr_jax.backends.requests import FAULTS
-from clvr_jax.miniature import edits, samples, scenes
+from clvr_jax.miniature import edits, samples
 from clvr_jax.miniature.edits import Edit
 from clvr_jax.miniature.goal import Fault, Goal
 from clvr_jax.miniature.held_out import Split
@@ -145,13 +145,8 @@ def _case(rng: np.random.Generator, split: Split, kind: str) -> EditCase:
         edit, text, (source, before), after = edits.sample_pair(rng, split)
         shown = picture_of(source, rng), picture_of(before, rng)
         return EditCase(kind, text, edit, before, source, shown, after)
-    while True:
-        before = scenes.sample(rng, split)
-        try:
-            edit, text, after = edits.sample(rng, before, kind, split)
-        except ValueError:  # e.g. a full scene takes no more
-            continue
-        return EditCase(kind, text, edit, before, None, (picture_of(before, rng),), after)
+    edit, text, before, after = edits.sample_scene(rng, kind, split)
+    return EditCase(kind, text, edit, before, None, (picture_of(before, rng),), after)
 
 
 def exact(readings: Readings, codes: Int[np.ndarray, "b cell"]) -> Bool[np.ndarray, "b"]:

@@ -90,13 +90,11 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtype: Any) -> None:
     """Write PEFT's folder, and how the inputs of a run's adapters are made."""
-    import json
     import shutil
 
     from conversion import runs
-    from conversion.detect import CONDITIONING
     from conversion.lora.files import write_folder
-    from conversion.output import finish, free
+    from conversion.output import finish, free, write_conditioning
 
     partial, table = free(arguments.target), model.table("diffusers")
     partial.mkdir(parents=True)
@@ -104,11 +102,8 @@ def _write_folder(arguments: argparse.Namespace, adapters: Any, model: Any, dtyp
         here = Path(arguments.weights)
         base = arguments.base or (str(here.resolve()) if here.exists() else arguments.weights)
         write_folder(partial, adapters, model.abstract(), table, base, dtype)
-        at = runs.place(arguments.source)
-        recorded = at.record().get("conditioning") if at else None
-        if recorded:
-            text = json.dumps(recorded, indent=2, sort_keys=True) + "\n"
-            (partial / CONDITIONING).write_text(text)
+        if at := runs.place(arguments.source):
+            write_conditioning(partial, at.record())
         finish(partial, arguments.target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -13,9 +13,9 @@ from clvr_jax.typing import Params
 from clvr_jax.weights import WeightsError, is_finite
 from conversion.check import check
 from conversion.components import Component
-from conversion.detect import CONDITIONING, MANIFEST, Found
+from conversion.detect import MANIFEST, Found
 from conversion.lazy import Lazy, Stored
-from conversion.output import finish, free, room
+from conversion.output import finish, free, room, write_conditioning
 from conversion.progress import Progress
 from conversion.sinks import write_mapped, write_orbax
 from conversion.sources import Source, fingerprint
@@ -102,8 +102,8 @@ def write_merged(
         for name, part in found.components.items():
             if name != "transformer":
                 _copy(_place(part), partial / _place(part).relative_to(found.path))
-        recorded = found.path / CONDITIONING
-        for path in [*found.shared.values(), *([recorded] if recorded.exists() else [])]:
+        write_conditioning(partial, found.manifest)
+        for path in found.shared.values():
             _copy(path, partial / path.relative_to(found.path))
         progress.start("transformer", nbytes)
         _write(partial, found, component, source, progress)

@@ -149,7 +149,12 @@ def config_metadata(**config):
 
 def ours(pattern=".", rank=4, seed=0):
     """Adapters as training leaves them: every part has its own factors."""
-    new = lora.init(jax.random.key(seed), ABSTRACT, pattern, rank, STACKED)
+    return filled(ABSTRACT, STACKED, pattern, rank, seed)
+
+
+def filled(abstract, stacked, pattern, rank, seed=0):
+    """Adapters of any model, with a b that matters."""
+    new = lora.init(jax.random.key(seed), abstract, pattern, rank, stacked)
     rng = np.random.default_rng(seed)
     fill = lambda path, x: rng.standard_normal(x.shape, np.float32) if path[-1] == "b" else x
     return tree.unflatten({k: np.asarray(fill(k, v)) for k, v in tree.flatten(new).items()})

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,22 +11,15 @@ from conversion.detect import find
 from conversion.load import load
 from conversion.lora.__main__ import main
 from conversion.lora.files import write_folder
-from tests.conversion import lora_cases, toy, vlm_cases
+from tests.conversion import toy, vlm_cases
 from tests.conversion.command import run
+from tests.conversion.lora_cases import equal_files, filled
 
 VLM = toy.component("vlm", vlm_cases.UNTIED)
 
 
-def trained(abstract, pattern, stacked):
-    """Adapters with a b that matters."""
-    new = lora.init(jax.random.key(0), abstract, pattern, 3, stacked)
-    rng = np.random.default_rng(0)
-    fill = lambda path, x: rng.standard_normal(x.shape, np.float32) if path[-1] == "b" else x
-    return tree.unflatten({k: np.asarray(fill(k, v)) for k, v in tree.flatten(new).items()})
-
-
-def of_vlm():
-    return trained(VLM.abstract(), r"layers/.*kernel$|blocks/", STACKED)
+def of_vlm(pattern=r"layers/.*kernel$|blocks/"):
+    return filled(VLM.abstract(), STACKED, pattern, rank=3)
 
 
 @pytest.fixture
@@ -89,7 +81,7 @@ def test_saved_adapters_become_a_folder_and_come_back(adapted):
     config = json.loads((adapted / "again" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(adapted / "base") and config["r"] == 3
     file = "adapter_model.safetensors"
-    lora_cases.equal_files(adapted / "again" / file, adapted / "adapters" / file)
+    equal_files(adapted / "again" / file, adapted / "adapters" / file)
 
 
 def test_bases_are_beside_it_or_from_here(adapted, monkeypatch):
@@ -114,7 +106,7 @@ def test_bases_are_beside_it_or_from_here(adapted, monkeypatch):
 
 def test_what_no_file_can_hold_is_not_dropped(tmp_path):
     """PEFT adapts linear layers; the patch embedding is a convolution."""
-    adapters = trained(VLM.abstract(), "patch_embed", STACKED)
+    adapters = of_vlm("patch_embed")
     with pytest.raises(ValueError, match="no LoRA file has adapters of visual/patch_embed"):
         write_folder(tmp_path, adapters, VLM.abstract(), VLM.table("diffusers"), "x")
     assert not list(tmp_path.iterdir())
@@ -141,7 +133,7 @@ def test_klein_keeps_how_its_inputs_are_made(tmp_path):
     toy.pipeline(tmp_path / "klein")
     (tmp_path / "klein" / "conditioning.json").write_text('{"text": "instruction"}')
     model = find(tmp_path / "klein").components["transformer"]
-    adapters = trained(model.abstract(), "single_blocks", model.stacked)
+    adapters = filled(model.abstract(), model.stacked, "single_blocks", rank=3)
     (tmp_path / "adapters").mkdir()
     table, base = model.table("diffusers"), str(tmp_path / "klein")
     write_folder(tmp_path / "adapters", adapters, model.abstract(), table, base)

@@ -1,6 +1,7 @@
 """The loop's turns: deciding what to do next, and telling why in the first person."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from clvr_jax.data.turns import MARKER, Action, Turn, marker
@@ -46,13 +47,16 @@ class Story(NamedTuple):
     @property
     def best(self) -> int:
         """Index of the picture nearest to the goal, the later one of equals."""
-        badness = self.badness
-        return min(range(len(badness)), key=lambda i: (badness[i], -i))
+        return _best(self.badness)
 
     @property
     def badness(self) -> list[float]:
         """How far each picture is from the goal."""
         return [sight.badness(self.goal) for sight in self.sights]
+
+
+def _best(badness: Sequence[float]) -> int:
+    return min(range(len(badness)), key=lambda i: (badness[i], -i))
 
 
 def turn(story: Story, policy: Policy, rng: Rng) -> str:
@@ -72,7 +76,8 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
     if not sights:
         stepwise = complicated and rng.random() < policy.stepwise
         return _generate(story, int(rng.integers(1, 4)) if stepwise else 0, rng)
-    best, badness = story.best, story.badness
+    badness = story.badness
+    best = _best(badness)
     hopeless = not sights[best].tidy or len(sights[best].faults(goal)) > policy.hopeless
     vain = len(sights) - 1 - badness.index(min(badness))  # pictures since one was better than all
     if hopeless or (vain and vain % policy.patience == 0):
@@ -82,7 +87,7 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
         return _generate(story, 0, rng)
     edit = found[vain % len(found)]  # not the same again at once, unless equals are shuffled so
     if edit.kind == "add" and rng.random() < policy.bring:
-        brought = _bring(story, edit)
+        brought = _bring(story, best, edit)
         if brought:
             source, edit = brought
             numbers = source + 1, best + 1
@@ -99,12 +104,12 @@ def _generate(story: Story, later: int, rng: Rng) -> Action:
     return Action(kind="generate", prompt=prompts.write(goal, rng))
 
 
-def _bring(story: Story, add: Edit) -> tuple[int, Edit] | None:
+def _bring(story: Story, best: int, add: Edit) -> tuple[int, Edit] | None:
     """Return an earlier picture that has what is to be added, and the edit that takes it there."""
     _, _, _, *where = new = add.becomes
     for index, sight in enumerate(story.sights):
         fitting = [thing for thing in sight.clear.things if new.fits(thing)]
-        if fitting and index != story.best:
+        if fitting and index != best:
             thing = mark(sight.scene, fitting[0])
             return index, Edit("bring", thing, Description(None, None, None, *where))
     return None
@@ -151,7 +156,8 @@ def _judge(story: Story, rng: Rng) -> list[str]:
     """Say what the last change did."""
     if len(story.sights) < 2:
         return []
-    before, after = min(story.badness[:-1]), story.badness[-1]
+    *earlier, after = story.badness
+    before = min(earlier)
     forms = (
         language.WORKED if after < before else language.SAME if after == before else language.WORSE
     )
