@@ -72,7 +72,7 @@ def _model(config):
     from launch.drawing import models
 
     if _SERVER.value:
-        return models.remote(_SERVER.value, _NAME.value, _KEY.value)
+        return models.remote(_SERVER.value, _NAME.value, _KEY.value, config)
     return models.vlm(_WEIGHTS.value, config, _NAME.value)
 
 

@@ -21,6 +21,8 @@ from conversion.components import Component
 from conversion.load import load
 from launch import build
 
+_CONTEXT = 16_384  # tokens: what a conversation may take unless a config says otherwise
+
 
 def find(source: str) -> Component:
     """Look at a Qwen3 or Qwen3-VL folder, without reading tensors.
@@ -38,6 +40,22 @@ def find(source: str) -> Component:
     raise ValueError(
         f"{source} is a {found.kind} with {', '.join(found.components)}; expected Qwen3-VL or Qwen3"
     )
+
+
+def context_of(cfg: Qwen3VLConfig | Qwen3Config, config: Any) -> int:
+    """Return the most tokens of a conversation with a model, under a config of configs/vlm.py.
+
+    Raises:
+      ValueError: it is more than the model has positions, or no conversation.
+    """
+    most = _text(cfg).max_positions
+    context = min(_CONTEXT, most) if config.context == -1 else config.context
+    if not 1 < context <= most:
+        raise ValueError(
+            f"the context is {context} tokens, the checkpoint's positions end at {most}; give "
+            f"fewer, or -1 for {min(_CONTEXT, most)}"
+        )
+    return context
 
 
 def networks(cfg: Qwen3VLConfig | Qwen3Config, attention: str = "auto") -> Networks:
@@ -123,14 +141,15 @@ def from_config(source: str, config: Any, name: str = "", cache: int | None = No
     Raises:
       FileNotFoundError, ValueError: nothing is there, it is no such model, or it does not fit.
     """
+    component = find(source)
     return load_vlm(
-        find(source),
+        component,
         dtype=build.resolve_dtype(config.dtype),
         mesh=build.make_mesh(config.mesh, config.devices),
         attention=config.attention,
         name=name,
         template_options=dict(config.template),
-        context=config.context,
+        context=context_of(component.config, config),
         cache_bytes=int(config.cache_gib * 2**30) if config.cache_gib > 0 else cache,
         max_rows=config.max_rows,
     )
@@ -143,10 +162,10 @@ def describe(source: str, config: Any) -> None:
     mesh = build.make_mesh(config.mesh, config.devices)
     total = build.describe_tree("vlm", abstract(cfg, dtype), mesh)
     print(f"weights: {total / 2**30:.2f} GiB per device")
-    token = token_bytes(_text(cfg), dtype.itemsize)
+    token, context = token_bytes(_text(cfg), dtype.itemsize), context_of(cfg, config)
     print(
-        f"cache: {token:,} bytes a token, {token * config.context / 2**30:.2f} GiB for a "
-        f"conversation of {config.context:,} tokens, all devices together"
+        f"cache: {token:,} bytes a token, {token * context / 2**30:.2f} GiB for a "
+        f"conversation of {context:,} tokens, all devices together"
     )
 
 

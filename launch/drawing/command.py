@@ -92,14 +92,14 @@ def draw(
         "weights": build.weight_fingerprint(weights),
         "vlm": sources.vlm or (f"{sources.name} at {sources.server}" if sources.server else None),
         "config": config.to_dict() | {"mesh": None},
-        "vlm_config": vlm_config.to_dict() | {"mesh": None},
+        "vlm_config": vlm_config.to_dict() | {"mesh": None, "remote": None},
     }
     check(out, tasks, settings, resume)
     found.require()
     say(found.table())
     vlm = None
     if sources.server:
-        vlm = models.remote(sources.server, sources.name, sources.key_env)
+        vlm = models.remote(sources.server, sources.name, sources.key_env, vlm_config)
     elif sources.vlm:
         vlm = models.vlm(sources.vlm, vlm_config, cache=found.cache)
     images = models.images(weights, config, Path(sources.weights).name)

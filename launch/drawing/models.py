@@ -106,16 +106,21 @@ def vlm(source: str, config: Any, name: str = "", cache: int | None = None) -> V
     return build_vlm.from_config(source, config, name, cache)
 
 
-def remote(url: str, name: str, key_env: str | None) -> Vlm:
+def remote(url: str, name: str, key_env: str | None, config: Any) -> Vlm:
     """Return a model behind an OpenAI-compatible server.
 
+    Args:
+      url: where the server is.
+      name: of the model there.
+      key_env: environment variable with the API key; None for none.
+      config: of configs/vlm.py.
+
     Raises:
-      ValueError: its name there is not given.
+      ValueError: its name is not given, or a value of the config is out of range.
     """
     from clvr_jax.backends.remote import RemoteConfig, RemoteVlm
 
     if not name:
         raise ValueError("--server needs the model's --name there")
-    return RemoteVlm(
-        RemoteConfig(model=name, base_url=url, key_env=key_env, sampling_extensions=True)
-    )
+    given = {key: value for key, value in config.remote.items() if value != ""}
+    return RemoteVlm(RemoteConfig(model=name, base_url=url, key_env=key_env, **given))

@@ -163,15 +163,16 @@ def place(
     params = Line("parameters", _bytes(build_vlm.abstract(vlm.config, dtype), sizes), memory.EXACT)
     cfg = vlm.config.text if isinstance(vlm.config, Qwen3VLConfig) else vlm.config
     token = token_bytes(cfg, dtype.itemsize)
+    context = build_vlm.context_of(vlm.config, vlm_config)
     cache = int(vlm_config.cache_gib * GIB)
     how = "--vlm_config.cache_gib"
     if vlm_config.cache_gib <= 0:
-        cache = token * vlm_config.context * config.loop.concurrency
-        how = f"{config.loop.concurrency} conversations of {vlm_config.context:,} tokens"
+        cache = token * context * config.loop.concurrency
+        how = f"{config.loop.concurrency} conversations of {context:,} tokens"
         if limit is not None:
             taken = Placement((*shares, Share("", devices, (params,))), limit, 0)
             room = min(limit - taken.taken(device) for device in devices) * len(devices)
-            if cache > room >= token * vlm_config.context:
+            if cache > room >= token * context:
                 cache, how = room, f"what is left: {room // token:,} tokens"
     line = Line("keys and values", -(-cache // len(devices)), how)
     shares.append(Share("language model", devices, (params, line)))

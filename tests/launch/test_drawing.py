@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax.backends.protocol import user
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.data.conditioning import Policy
@@ -17,10 +18,12 @@ from configs import generate as generate_config
 from configs import vlm as vlm_config
 from launch.drawing import command, folder, models, run
 from launch.drawing.show import Show
+from tests.backends.remote.chat_server import ChatServer
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
 from tests.launch.training import ROOT
 
 SETTINGS = {"mode": "loop", "weights": "abc"}
+OPENAI = {"sampling_extensions": False, "max_tokens_field": "max_completion_tokens"}
 
 
 def loop(vlm):
@@ -163,6 +166,21 @@ def test_configs_become_budgets_and_options():
     config.loop.constrain = "perhaps"
     with pytest.raises(ValueError, match="constrain is 'perhaps'"):
         command.worker("loop", Vlm(), Images(), Policy(), Budget(), None, config, options)
+
+
+def test_a_server_is_asked_as_the_config_says():
+    server = ChatServer()
+    try:
+        for api, expected in (({}, {"max_tokens", "top_k"}), (OPENAI, {"max_completion_tokens"})):
+            config = vlm_config.get_config("greedy")
+            config.remote.update(api)
+            vlm = models.remote(server.url, "toy", None, config)
+            vlm.start().ask([user("x")], command.options_of(config))
+            vlm.close()
+            fields = {"max_tokens", "max_completion_tokens", "top_k"}
+            assert server.bodies[-1].keys() & fields == expected
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize("sources", [("miniature", None), ("FOLDER", "teacher")])

@@ -7,6 +7,7 @@ from clvr_jax.tree import count
 from configs import generate as generate_config
 from configs import vlm as vlm_config
 from conversion.components import KINDS
+from launch import build_vlm
 from launch.drawing import models, placement
 from launch.plan import targets
 from launch.plan.targets import GIB
@@ -86,6 +87,16 @@ def test_a_mesh_shares_parameters_and_cache():
 )
 def test_the_recipes_of_the_readme_fit(target, weights, vlm, changes):
     placed(target, weights, vlm, **changes).require()
+
+
+def test_a_conversation_is_no_longer_than_the_model_can_take():
+    config = vlm_config.get_config()
+    small = build_vlm.find("miniature-vlm").config
+    assert build_vlm.context_of(small, config) == small.text.max_positions == 4096
+    assert build_vlm.context_of(KINDS["vlm"].variants["qwen3_vl_8b"], config) == 16384
+    config.context = 8192
+    with pytest.raises(ValueError, match="8192 tokens, the checkpoint's positions end at 4096"):
+        build_vlm.context_of(small, config)
 
 
 def test_only_released_sizes_have_names():

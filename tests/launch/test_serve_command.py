@@ -227,11 +227,7 @@ def test_ask_here_and_there(server, tmp_path):
     [
         (["--weights=/nowhere"], "does not exist"),
         (["--weights=/nowhere", "--host=0.0.0.0"], "holds no key"),
-        pytest.param(
-            ["--weights=TOY", "--config.context=100000000"],
-            "the checkpoint's positions end at",
-            marks=pytest.mark.slow,
-        ),
+        (["--weights=TOY", "--config.context=100000000"], "the checkpoint's positions end at"),
         pytest.param(
             ["--weights=TOY", "--config.cache_gib=0.001"],
             "raise the budget or lower the context",
