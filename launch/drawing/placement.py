@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from clvr_jax.backends.local.reader import cache_places
 from clvr_jax.generate.image import Settings
 from clvr_jax.models.qwen3.cache import token_bytes
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
@@ -167,12 +168,12 @@ def place(
     cache = int(vlm_config.cache_gib * GIB)
     how = "--vlm_config.cache_gib"
     if vlm_config.cache_gib <= 0:
-        cache = token * context * config.loop.concurrency
+        cache = token * cache_places(context, config.loop.concurrency)
         how = f"{config.loop.concurrency} conversations of {context:,} tokens"
         if limit is not None:
             taken = Placement((*shares, Share("", devices, (params,))), limit, 0)
             room = min(limit - taken.taken(device) for device in devices) * len(devices)
-            if cache > room >= token * context:
+            if cache > room >= token * cache_places(context):
                 cache, how = room, f"what is left: {room // token:,} tokens"
     line = Line("keys and values", -(-cache // len(devices)), how)
     shares.append(Share("language model", devices, (params, line)))

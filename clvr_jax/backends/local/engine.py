@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from clvr_jax.backends.local.batch import Batch
 from clvr_jax.backends.local.grammar import Grammars
 from clvr_jax.backends.local.parking import Parking
-from clvr_jax.backends.local.reader import PIECE, Reader
+from clvr_jax.backends.local.reader import PIECE, Reader, cache_places
 from clvr_jax.backends.local.sequence import Sequence, bucket
 from clvr_jax.backends.local.work import Work
 from clvr_jax.backends.protocol import Closed
@@ -61,7 +61,7 @@ class Engine:
     ):
         width = jax.tree.leaves(params["language"])[0].dtype.itemsize
         self._token_bytes = cache.token_bytes(nets.language.cfg, width)
-        least = bucket(context + PIECE) * self._token_bytes
+        least = cache_places(context) * self._token_bytes
         if least > cache_bytes:
             raise ValueError(
                 f"the cache budget is {cache_bytes / 2**30:.2f} GiB, one conversation of {context} "

@@ -15,6 +15,13 @@ from clvr_jax.models.qwen3_vl.processor import Picture
 from clvr_jax.typing import Params
 
 PIECE = 2048  # tokens that one program reads at most
+
+
+def cache_places(context: int, conversations: int = 1) -> int:
+    """Return the cache places of conversations of at most `context` tokens, while one is read."""
+    return bucket(context) * (conversations - 1) + bucket(context + PIECE)
+
+
 _LEAST = 16  # tokens of the shortest program
 _LEAST_PATCHES = 64
 
