@@ -2,6 +2,7 @@
 
 python -m launch.benchmark image --model=klein_4b
 python -m launch.benchmark text --model=qwen3_vl_8b
+python -m launch.benchmark loop --model=klein_9b --vlm=qwen3_vl_8b
 python -m launch.benchmark train_image --model=klein_4b --lora=64 --features=precomputed
 python -m launch.benchmark train_vlm --model=qwen3_vl_8b --lora=64 --dry_run=h200x1
 """
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     subjects = parser.add_subparsers(dest="subject", required=True, metavar="SUBJECT")
     _image_options(subjects.add_parser("image", help="prompt and references to pixels"))
     _text_options(subjects.add_parser("text", help="a vision-language model: look, read, write"))
+    _loop_options(subjects.add_parser("loop", help="both models: whole trajectories"))
     _train_image_options(subjects.add_parser("train_image", help="steps of the image stage"))
     _train_vlm_options(subjects.add_parser("train_vlm", help="steps of the VLM stage"))
     options = parser.parse_args(argv)
@@ -24,9 +26,9 @@ def main(argv: list[str] | None = None) -> int:
 
     if options.threads:  # before JAX and torch count the cores
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
-    if options.peer:  # two frameworks share the memory
+    if getattr(options, "peer", None):  # two frameworks share the memory
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    run = {"image": _image, "text": _text}.get(options.subject, _train)
+    run = {"image": _image, "text": _text, "loop": _loop}.get(options.subject, _train)
     with readable_errors():
         return run(options)
 
@@ -70,6 +72,29 @@ def _text_options(parser: argparse.ArgumentParser) -> None:
     add("--peer", choices=("transformers",), help="measure it in turns with ours")
     add("--threads", type=int, help="CPU cores for both sides (default: all that are allowed)")
     add("--repeat", type=int, default=10, help="timed calls of every part")
+    add("--out", metavar="FILE.json", help="result file")
+
+
+def _loop_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", default="klein_9b", choices=("klein_4b", "klein_9b", "mid", "toy"))
+    models = ("qwen3_vl_2b", "qwen3_vl_4b", "qwen3_vl_8b", "qwen3_vl_32b", "mid", "toy")
+    add("--vlm", default="qwen3_vl_8b", choices=models)
+    add("--size", type=_size, metavar="HxW", help="pixels; 1024x1024, mid and toy 256x256")
+    add("--steps", type=int, default=4)
+    add("--guidance", type=float, default=1.0, help="1 is none; anything else doubles the batch")
+    add("--text_tokens", type=int, default=512, help="klein's text length, padding included")
+    add("--generations", type=int, nargs="+", default=[1, 2, 6], help="pictures of a trajectory")
+    add("--tokens", type=int, default=300, help="that a turn writes")
+    add("--verdict", type=int, default=100, help="tokens of the last turn")
+    add("--references", default="last", choices=("last", "all"), help="that an edit is given")
+    add("--free", action="store_true", help="turns without the loop's grammar, in chunks")
+    add("--together", type=int, default=1, help="trajectories at the same time")
+    add("--pattern", default="full", choices=("full", "kv"))
+    add("--layers", default="scan", choices=("scan", "unrolled"))
+    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    add("--threads", type=int, help="CPU cores (default: all that are allowed)")
+    add("--repeat", type=int, default=5, help="timed trajectories of each length")
     add("--out", metavar="FILE.json", help="result file")
 
 
@@ -191,6 +216,47 @@ def _text(options: argparse.Namespace) -> int:
     measured = text.run(case, options.repeat, options.peer is not None, options.threads)
     report = {"environment": environment, **measured}
     text.show(report)
+    _write(options.out, report)
+    return 0
+
+
+def _loop(options: argparse.Namespace) -> int:
+    from clvr_jax.closed_loop.budget import MOST_GENERATIONS
+    from clvr_jax.generate.image import Settings
+    from launch.bench import image, loop, machine
+
+    wrong = [n for n in options.generations if not 1 <= n <= MOST_GENERATIONS]
+    if wrong or options.together < 1:
+        raise ValueError(
+            f"generations {options.generations}, {options.together} together: a trajectory has 1 "
+            f"to {MOST_GENERATIONS} pictures, and there is one at least"
+        )
+    height, width = options.size or ((256,) * 2 if options.model in ("mid", "toy") else (1024,) * 2)
+    case = loop.Case(
+        images=image.Case(
+            model=options.model,
+            settings=Settings(
+                height=height,
+                width=width,
+                steps=options.steps,
+                guidance=options.guidance,
+                text_tokens=options.text_tokens,
+                pattern=options.pattern,
+            ),
+            dtype=options.dtype,
+            scan=options.layers == "scan",
+        ),
+        vlm=options.vlm,
+        generations=tuple(options.generations),
+        tokens=options.tokens,
+        verdict=options.verdict,
+        references=options.references,
+        grammar=not options.free,
+        together=options.together,
+    )
+    environment = machine.environment("launch.benchmark")
+    report = {"environment": environment, **loop.run(case, options.repeat)}
+    loop.show(report)
     _write(options.out, report)
     return 0
 

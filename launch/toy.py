@@ -8,6 +8,7 @@ Trajectories are pictures of 64 x 64 pixels to which every step adds a coloured 
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,21 @@ def random_weights(seed: int) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def byte_tokenizer(special: tuple[str, ...] = SPECIAL, template: str = CHAT_TEMPLATE):
-    """Return a tokenizer of single bytes with Qwen's special tokens and a chat format."""
+def byte_tokenizer(
+    special: Sequence[str] = SPECIAL, template: str = CHAT_TEMPLATE, words: Sequence[str] = ()
+):
+    """Return a tokenizer of single bytes with Qwen's special tokens and a chat format.
+
+    Args:
+      special: tokens, the last of all.
+      template: the chat format.
+      words: further tokens, which no text is ever given.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    known = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *words]
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(known)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     core.add_special_tokens(list(special))

@@ -19,6 +19,10 @@ class InvalidRequest(ValueError):
     """A request that can never be answered: too long, an unreadable image, a broken schema."""
 
 
+class TooLong(InvalidRequest):
+    """A conversation that leaves no room for a reply in the model's context."""
+
+
 class Overloaded(RuntimeError):
     """The backend has too much to do now; the same request may succeed later."""
 

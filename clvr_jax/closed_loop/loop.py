@@ -17,14 +17,23 @@ from typing import Any
 from PIL import Image
 
 from clvr_jax.backends.images import Drawn, ImageGenerator, NotFinite, Order
-from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm, system, user
+from clvr_jax.backends.protocol import (
+    InvalidRequest,
+    Message,
+    Options,
+    Reply,
+    TooLong,
+    Vlm,
+    system,
+    user,
+)
 from clvr_jax.closed_loop import turn as turns
 from clvr_jax.closed_loop.budget import Budget, Limit, Spent
 from clvr_jax.closed_loop.drawing import Drawing
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, OnEvent, Retried, Said, ignore
 from clvr_jax.closed_loop.result import Result, Task
 from clvr_jax.data.conditioning import Condition, Policy, condition_next
-from clvr_jax.data.trajectory import Step, Trajectory
+from clvr_jax.data.trajectory import Step, Trajectory, check_goal
 from clvr_jax.data.turns import Turn
 
 HIDDEN = "The picture is drawn. It is not shown now; go on as you planned."
@@ -32,8 +41,23 @@ AGAIN = "That could not be used: {why}. Answer again."
 _CUT = "it was longer than {tokens} tokens; be shorter"
 
 
+_GRACE = 1.0  # seconds in which a turn that is cut can say how much it has written
+
+
 class Failed(RuntimeError):
     """A step failed as often as it may."""
+
+
+class _Over(Exception):
+    """There is no going on.
+
+    Args:
+      why: the outcome, e.g. the limit of the budget that is reached.
+    """
+
+    def __init__(self, why: str):
+        super().__init__(why)
+        self.why = why
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +112,29 @@ class _Run:
         self._step: dict[str, Any] = {}  # what the step under way records
 
     def result(self) -> Result:
-        error = None
+        outcome, error = "stopped", None
         try:
+            check_goal(self._task.goal)
             self._session = self._loop.vlm.start()
             try:
-                outcome = self._go()
+                self._go()
             finally:
                 self._session.close()
+        except _Over as over:
+            outcome = over.why
+            if not self._steps:
+                error = f"Failed: there is no picture yet, and the end is reached: {outcome}"
         except Exception as failure:  # whatever it is, what was drawn is kept
             outcome, error = "failed", f"{type(failure).__name__}: {failure}"
         spent, trajectory = self._spent, None
         if self._steps:
+            last = "closing" if outcome == "stopped" else "unfinished"
             metadata = {
                 "mode": "loop",
                 "seed": self._task.seed,
                 "models": {"vlm": self._loop.vlm.name, "images": self._loop.images.name},
                 **({"error": error} if error else {}),
-                **({"unfinished": self._step} if self._step else {}),
+                **({last: self._step} if self._step else {}),
             }
             trajectory = Trajectory(
                 id=self._task.id,
@@ -126,54 +156,62 @@ class _Run:
             spent.tokens,
         )
 
-    def _go(self) -> str:
-        """Work until there is a reason to end, and return it."""
+    def _go(self) -> None:
+        """Work until the model stops.
+
+        Raises:
+          _Over: there is another reason to end.
+        """
         opening = [system(self._loop.system)] if self._loop.system else []
         said: Sequence[Message] = [*opening, user(self._task.goal)]
         while True:
             self._step = {}
             turn = self._think(said)
-            if not isinstance(turn, Turn):
-                return turn
             self._judge(turn)
             if turn.action is None:
-                self._closing, self._step = turn.reasoning, {}
-                return "stopped"
-            limit = self._spent.forbids_picture(self._loop.images.evaluations)
-            if limit:
-                self._step |= {
-                    "reasoning": turn.reasoning,
-                    "action": turn.action.model_dump(mode="json"),
-                }
-                return limit
+                self._closing = turn.reasoning
+                return
+            self._step |= {
+                "reasoning": turn.reasoning,
+                "action": turn.action.model_dump(mode="json"),
+            }
+            self._require(self._spent.forbids_picture(self._loop.images.evaluations))
             look = self._loop.budget.look
             shown = look > 0 and (len(self._steps) + 1) % look == 0
             drawn = self._draw(turn, shown)
             said = [user(drawn.picture if shown else HIDDEN)]
 
-    def _think(self, said: Sequence[Message]) -> Turn | Limit:
-        """The next turn, or the limit that does not allow one."""
+    def _require(self, limit: Limit | None) -> None:
+        """Raise `_Over` if a limit is reached."""
+        if limit:
+            raise _Over(limit)
+
+    def _think(self, said: Sequence[Message]) -> Turn:
+        """The next turn."""
         began, number = time.monotonic(), len(self._steps) + 1
         for attempt in range(self._loop.retries + 1):
-            limit = self._spent.forbids_turn()
-            if limit:
-                return limit
+            self._require(self._spent.forbids_turn())
             options = self._options(number, attempt)
             try:
                 reply = self._ask(said, options)
-            except InvalidRequest:
+            except TooLong:
+                raise _Over("context") from None
+            except (InvalidRequest, _Over):
                 raise
             except Exception as error:
                 self._again(f"{type(error).__name__}: {error}", attempt)
-                time.sleep(min(self._loop.pause * 2**attempt, self._spent.seconds_left or 60.0))
+                left = self._spent.seconds_left
+                time.sleep(min(self._loop.pause * 2**attempt, 60.0 if left is None else left))
                 continue
-            if reply is None or reply.finish == "cancelled":
-                return "seconds"
             self._spent.tokens += reply.usage.completion
             self._step["tokens"] = self._step.get("tokens", 0) + reply.usage.completion
+            if reply.finish == "cancelled":
+                raise _Over("seconds")
             if reply.finish == "length":
                 if self._spent.tokens_left == 0:
-                    return "tokens"
+                    raise _Over("tokens")
+                if reply.usage.prompt + reply.usage.completion == self._loop.vlm.context:
+                    raise _Over("context")
                 why = _CUT.format(tokens=options.max_tokens)
             else:
                 try:
@@ -199,8 +237,8 @@ class _Run:
             grammar=turns.grammar(number) if self._loop.constrain else None,
         )
 
-    def _ask(self, said: Sequence[Message], options: Options):
-        """The reply, None if the time was over before it was there."""
+    def _ask(self, said: Sequence[Message], options: Options) -> Reply:
+        """The reply; as much of it as there is when the time is over."""
         show = lambda text: self._tell(Said(self._task.id, text))
         pending = self._session.submit(said, options, show)
         try:
@@ -209,7 +247,10 @@ class _Run:
             if self._spent.seconds_left != 0:
                 raise
             pending.cancel()
-            return None
+        try:
+            return dataclasses.replace(pending.result(_GRACE), finish="cancelled")
+        except TimeoutError:
+            raise _Over("seconds") from None
 
     def _again(self, why: str, attempt: int) -> None:
         """Record a failure and that it is tried again; raise if it has been often enough."""
@@ -224,11 +265,12 @@ class _Run:
         if not last:
             return
         base = last if turn.action is None else next(iter(turn.action.references[-1:]), None)
-        verdict = "accepted" if base == last else "rejected"
-        self._steps[-1] = self._steps[-1].model_copy(
-            update={"verdict": verdict, "critique": turn.reasoning or None}
-        )
         self._accepted = base or self._accepted
+        if self._steps[-1].metadata["shown"]:
+            verdict = "accepted" if base == last else "rejected"
+            self._steps[-1] = self._steps[-1].model_copy(
+                update={"verdict": verdict, "critique": turn.reasoning or None}
+            )
 
     def _order(self, turn: Turn) -> tuple[Order, Condition]:
         """What the image model is told for a turn."""
@@ -241,9 +283,9 @@ class _Run:
         cost = self._loop.images.evaluations
         if isinstance(error, NotFinite):  # it was computed to its end
             self._spent.evaluations += cost
+            self._step["evaluations"] = self._step.get("evaluations", 0) + cost
         self._again(f"{type(error).__name__}: {error}", attempt)
-        if self._spent.forbids_picture(cost):
-            raise Failed(f"no budget is left to try again: {error}") from error
+        self._require(self._spent.forbids_picture(cost))
 
     def _draw(self, turn: Turn, shown: bool) -> Drawn:
         """Draw one picture and record its step."""
@@ -255,24 +297,19 @@ class _Run:
         self._spent.drawing = time.monotonic() - began
         self._spent.generations += 1
         self._spent.evaluations += drawn.evaluations
-        self._step |= {
+        kept = {k: v for k, v in self._step.items() if k not in ("reasoning", "action")}
+        metadata = kept | {
             "draw_s": round(self._spent.drawing, 4),
             "together": drawn.together,
-            "evaluations": drawn.evaluations,
+            "evaluations": drawn.evaluations + kept.get("evaluations", 0),
             "seed": seed,
             "text": given.text,
             "given": [index + 1 for index in given.references],
             "shown": shown,
         }
+        said = {"reasoning": turn.reasoning, "action": turn.action}
+        self._steps.append(Step(image=f"{number}.png", metadata=metadata, **said))
         self._pictures.append(drawn.picture)
-        self._steps.append(
-            Step(
-                reasoning=turn.reasoning,
-                action=turn.action,
-                image=f"{number}.png",
-                metadata=self._step,
-            )
-        )
         self._tell(
             Drew(self._task.id, number, drawn.picture, self._spent.drawing, drawn.evaluations)
         )

@@ -11,6 +11,7 @@ MOST_REFERENCES = 3
 # text of a JSON string on one line
 _STRING = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt])+"'
 _OBJECT = re.compile(r"\{[^{}]*\"(?:action|kind)\"[^{}]*\}", re.DOTALL)
+_THOUGHT = "</think>"  # what stands before is no part of an answer
 _KINDS = {"create": "generate", "draw": "generate", "finish": "stop", "done": "stop"}
 
 
@@ -50,6 +51,7 @@ def read(text: str, number: int) -> Turn:
       ValueError: there is no action, it names images that do not exist, or it stops before
         anything was drawn; told so that a model can mend it.
     """
+    text = text.rpartition(_THOUGHT)[2]
     turn = _strict(text, number) or _lenient(text, number)
     if turn.action is None and not turn.stop:
         raise ValueError(
@@ -67,6 +69,10 @@ def read(text: str, number: int) -> Turn:
     if turn.action is not None and not turn.reasoning:
         turn = turn._replace(reasoning=turn.action.prompt)
     turns.plain(turn.reasoning)
+    try:
+        turns.without_action(turn.reasoning)
+    except ValueError:
+        raise ValueError("there is more than one action; end with a single one") from None
     return turn
 
 
@@ -88,6 +94,9 @@ def _lenient(text: str, number: int) -> Turn:
     except json.JSONDecodeError as error:
         raise ValueError(f"the action {found[0]!r} is no JSON: {error}") from error
     kind = fields.pop("action", None) or fields.pop("kind", None)
+    prompt = fields.get("prompt", "")
+    if not isinstance(kind, str) or not isinstance(prompt, str):
+        raise ValueError(f"the action {found[0]!r}: action and prompt must be texts")
     kind = _KINDS.get(kind, kind)
     reasoning = text[: found.start()].rstrip()
     reasoning = re.sub(r"\s*```(?:json)?$", "", reasoning).rstrip()
@@ -96,6 +105,6 @@ def _lenient(text: str, number: int) -> Turn:
     else:
         if kind == "generate":
             fields.pop("references", None)
-        prompt = str(fields.get("prompt", "")).replace("\n", " ").strip()
-        line = json.dumps({"action": kind, **fields, "prompt": prompt}, ensure_ascii=False)
+        fields["prompt"] = prompt.replace("\n", " ").strip()
+        line = json.dumps({"action": kind, **fields}, ensure_ascii=False)
     return turns.parse(f"{reasoning}\n{line}" if reasoning else line, number)

@@ -17,7 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    Field,
+    JsonValue,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from clvr_jax.data.turns import (
     Action,
@@ -26,6 +33,7 @@ from clvr_jax.data.turns import (
     Text,
     Turn,
     Words,
+    explain,
     marker,
     mentioned,
     plain,
@@ -101,7 +109,8 @@ class Trajectory(Model):
       closing: the last narrative; empty if the trajectory ended without one (or, with the outcome
         "stopped", by the bare action).
       system: a system message before the goal, if the data has one.
-      outcome: why it ended: by the model's decision (stopped), a spent budget, or an error.
+      outcome: why it ended: by the model's decision (stopped), a spent budget, a conversation that
+        fills the model's context, or an error.
       final: number of the image that is the answer, where it is not the last.
       metadata: what else the maker records.
     """
@@ -112,7 +121,8 @@ class Trajectory(Model):
     closing: Text = ""
     system: Words | None = None
     outcome: (
-        Literal["stopped", "generations", "seconds", "evaluations", "tokens", "failed"] | None
+        Literal["stopped", "generations", "seconds", "evaluations", "tokens", "context", "failed"]
+        | None
     ) = None
     final: Number | None = None
     metadata: dict[str, JsonValue] = Field(default_factory=dict)
@@ -186,6 +196,16 @@ class Trajectory(Model):
     def record(self) -> dict[str, Any]:
         """Return the trajectory as JSON values; fields at their defaults are left out."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def check_goal(goal: str) -> None:
+    """Raise ValueError if a prompt cannot be the goal of a trajectory; it says why."""
+    try:
+        TypeAdapter(Words).validate_python(goal)
+    except ValidationError as error:
+        raise ValueError(f"the prompt {goal!r} {'; '.join(explain(error))}") from None
+    if mentioned(goal):
+        raise ValueError(f"the prompt {goal!r} names an image; none exists yet")
 
 
 def _later(what: str, text: str, exist: int) -> Iterator[str]:

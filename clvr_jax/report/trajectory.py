@@ -15,6 +15,7 @@ ENDS = {
     "seconds": "the time of the budget was over",
     "evaluations": "the evaluations of the budget were used up",
     "tokens": "the tokens of the budget were used up",
+    "context": "the conversation filled the model's context",
     "failed": "it failed",
     None: "everything was done",
 }

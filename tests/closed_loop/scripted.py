@@ -42,7 +42,10 @@ class Pending:
         return self._reply
 
     def cancel(self):
+        """Three tokens have been written by now."""
         self._timer and self._timer.cancel()
+        self._reply = Reply("", "cancelled", Usage(20, 0, 3))
+        self._event.set()
 
 
 class Vlm:

@@ -1,10 +1,20 @@
 """The loop: what it asks, draws, spends and returns, whatever its models do."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from clvr_jax.backends.images import NotFinite
-from clvr_jax.backends.protocol import InvalidRequest, Options, Overloaded, user
+from clvr_jax.backends.protocol import (
+    InvalidRequest,
+    Options,
+    Overloaded,
+    Reply,
+    TooLong,
+    Usage,
+    user,
+)
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.closed_loop.loop import HIDDEN
@@ -108,8 +118,39 @@ def test_budgets_hold_exactly(budget, outcome, pictures):
 
 
 def test_a_turn_is_cut_when_its_seconds_are_over():
-    made = loop(Vlm(GENERATE, 30.0, STOP), budget=Budget(seconds=0.3)).run(TASK)
+    vlm = Vlm(GENERATE, 30.0, STOP)
+    made = loop(vlm, budget=Budget(seconds=0.3)).run(TASK)
     assert made.trajectory.outcome == "seconds" and 0.3 <= made.seconds < 5
+    assert made.tokens == 13, "what it had written was paid for"
+
+
+def test_waiting_for_a_failing_model_ends_with_the_budget():
+    vlm = Vlm(GENERATE, *[Overloaded("busy")] * 9)
+    made = dataclasses.replace(loop(vlm, budget=Budget(seconds=0.2)), pause=0.15).run(TASK)
+    assert made.trajectory.outcome == "seconds" and made.seconds < 1
+
+
+def test_a_conversation_that_fills_the_context_has_come_to_an_end():
+    """Not to a failure, which would be drawn again, and fill it again."""
+    made = loop(Vlm(GENERATE, TooLong("too long"))).run(TASK)
+    assert made.trajectory.outcome == "context" and made.error is None and made.answer
+    vlm = Vlm(GENERATE, Reply("I see", "length", Usage(95, 0, 5)))
+    vlm.context = 100
+    assert loop(vlm).run(TASK).trajectory.outcome == "context"
+    first = loop(Vlm(TooLong("too long"))).run(TASK)
+    assert first.trajectory is None and "context" in first.error
+
+
+def test_a_budget_that_ends_before_the_first_picture_says_so():
+    made = loop(Vlm(GENERATE), budget=Budget(evaluations=3)).run(TASK)
+    assert made.trajectory is None and "evaluations" in made.error
+
+
+@pytest.mark.parametrize("goal", ["", "  ", "a <think>", "as <IMG_GEN_1>"])
+def test_goals_that_no_record_can_hold_are_told_before_anything_is_drawn(goal):
+    images = Images()
+    made = loop(Vlm(GENERATE, STOP), images).run(Task("one", goal))
+    assert made.trajectory is None and "the prompt" in made.error and not images.orders
 
 
 def test_no_picture_is_begun_that_would_not_be_done_in_time():
@@ -136,7 +177,10 @@ def test_the_model_looks_as_often_as_it_is_told(look, seen):
     vlm = Vlm(GENERATE, edit(1), edit(2), STOP)
     made = loop(vlm, budget=Budget(look=look)).run(TASK)
     shown = [bool(messages[0].images) for messages, _ in vlm.sessions[0][1:]]
-    assert shown == seen == [step.metadata["shown"] for step in made.trajectory.steps]
+    steps = made.trajectory.steps
+    assert shown == seen == [step.metadata["shown"] for step in steps]
+    assert seen == [step.critique is not None for step in steps], "said of what it saw"
+    assert seen == [step.verdict is not None for step in steps]
 
 
 def test_without_looking_it_is_a_plan():
@@ -174,6 +218,16 @@ def test_models_that_fail_are_asked_again():
     ]
     assert len({order.seed for order in images.orders}) == 3, "another noise each time"
     assert made.evaluations == 8, "the picture of no numbers was computed too"
+    assert made.trajectory.steps[0].metadata["evaluations"] == 8
+    closing = made.trajectory.metadata["closing"]
+    assert closing["retries"] == ["RuntimeError: lost"] and closing["tokens"] == 10
+
+
+def test_no_budget_for_another_try_is_a_budget_that_is_used_up():
+    images = Images(None, NotFinite("no numbers"))
+    made = loop(Vlm(GENERATE, edit(1), STOP), images, Budget(evaluations=8)).run(TASK)
+    assert made.trajectory.outcome == "evaluations" and made.error is None
+    assert made.trajectory.metadata["unfinished"]["retries"] == ["NotFinite: no numbers"]
 
 
 def test_what_keeps_failing_loses_nothing_that_was_drawn():

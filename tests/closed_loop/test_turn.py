@@ -85,6 +85,10 @@ def test_a_turn_without_words_gives_its_prompt_as_its_reason():
     assert turn == Turn("a star", Action(kind="generate", prompt="a star"))
 
 
+def test_what_a_model_thinks_before_it_answers_is_no_part_of_its_turn():
+    assert read('<think>\nHm.\n</think>\n\nDone.\n{"action": "stop"}', 2).reasoning == "Done."
+
+
 def test_stopping_is_understood():
     assert read('Done. {"action": "done"}', 2) == Turn("Done.", stop=True)
 
@@ -109,6 +113,10 @@ def test_stopping_is_understood():
         ('{"action": "generate", "prompt": ""}', 1, "is empty"),
         ('{"action": "generate", prompt: "x"}', 1, "is no JSON"),
         ('See <|im_end|>\n{"action": "generate", "prompt": "x"}', 1, "control token"),
+        (f'{EDIT}\n{{"action": "stop"}}', 3, "more than one action"),
+        (f"So.\n{EDIT}\n{EDIT}", 3, "more than one action"),
+        ('{"action": ["edit"], "prompt": "x"}', 2, "must be texts"),
+        ('{"kind": "generate", "prompt": null}', 1, "must be texts"),
     ],
 )
 def test_what_cannot_be_understood_says_why(text, number, words):

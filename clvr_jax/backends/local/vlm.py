@@ -218,10 +218,10 @@ def _check_length(tokens: int, context: int) -> None:
     """Refuse a conversation that leaves no room for a reply.
 
     Raises:
-      InvalidRequest: it does not.
+      TooLong: it does not.
     """
     if tokens >= context:
-        raise InvalidRequest(
+        raise TooLong(
             f"the conversation has {tokens} tokens with this turn, the context holds {context}; "
             "shorten it or start a new one"
         )

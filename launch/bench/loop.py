@@ -1,0 +1,293 @@
+"""The loop benchmark: whole trajectories, with both models' random weights on one device.
+
+The loop, its backends and its grammar are the product's own; only what a turn says is scripted
+(`launch.bench.speaker`). What the parts of a picture take is measured beside it.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax.numpy as jnp
+
+from clvr_jax.backends.local.images import LocalImages
+from clvr_jax.backends.local.reader import cache_places
+from clvr_jax.backends.protocol import Reply
+from clvr_jax.closed_loop import Budget, Loop, Result, Task
+from clvr_jax.data.conditioning import Policy
+from clvr_jax.models.qwen3.cache import token_bytes
+from configs import vlm as vlm_config
+from launch.bench import flops, image, machine, speaker, text
+from launch.bench.timing import measure
+from launch.drawing.command import options_of
+
+_GOAL = "two blue cups left of a red book on a round table of dark wood, a window behind it, "
+_ROOM = 2048  # tokens of a conversation beside pictures and what is written
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is measured.
+
+    Attributes:
+      images: klein and how it samples; its references are those of an edit.
+      vlm: a key of `text.MODELS`.
+      generations: pictures of each kind of trajectory.
+      tokens: that a turn writes.
+      verdict: tokens of the last turn.
+      references: an edit sees the last picture alone, or all before it.
+      grammar: whether turns are decoded under the loop's grammar.
+      together: trajectories drawn at the same time.
+    """
+
+    images: image.Case
+    vlm: str
+    generations: tuple[int, ...] = (1, 2, 6)
+    tokens: int = 300
+    verdict: int = 100
+    references: str = "last"
+    grammar: bool = True
+    together: int = 1
+
+
+class Bench:
+    """Both models, and the trajectories that are timed."""
+
+    def __init__(self, case: Case):
+        cfg, settings = text.MODELS[case.vlm], case.images.settings
+        self.case, self.vision, self.words = case, cfg.vision, cfg.text
+        self.width = jnp.dtype(case.images.dtype).itemsize
+        self.patches = settings.height * settings.width // cfg.vision.patch**2
+        turn = self.patches // cfg.vision.cell + case.tokens
+        context = _ROOM + max(case.generations) * turn
+        self.model = image.build(case.images)
+        self.vlm = speaker.build(
+            cfg,
+            case.images.dtype,
+            context=context,
+            cache_bytes=cache_places(context, case.together) * token_bytes(cfg.text, self.width),
+        )
+        texts = (settings.text_tokens,)
+        name, batch = case.images.model, 1 << (case.together - 1).bit_length()
+        self.images = LocalImages(name, self.model, settings, texts, batch=batch)
+        references = "all" if case.references == "all" else "chosen"
+        self.policy = Policy(text="instruction", references=references, buckets=texts)
+
+    def close(self) -> None:
+        """End both models' threads."""
+        self.images.close()
+        self.vlm.close()
+
+    def draw(self, generations: int) -> "Drawn":
+        """Draw trajectories at the same time, each of so many pictures.
+
+        Raises:
+          RuntimeError: one failed.
+        """
+        case = self.case
+        script = speaker.Script(generations, case.tokens, case.verdict)
+        says = speaker.Speaker(self.vlm, script)
+        options = options_of(vlm_config.get_config())
+        loop = Loop(
+            says, self.images, self.policy, Budget(), None, options, case.grammar, retries=0
+        )
+        tasks = [Task(str(i), _GOAL, i) for i in range(case.together)]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            results = list(pool.map(loop.run, tasks))
+        seconds = time.perf_counter() - began
+        for result in results:
+            if result.error or result.trajectory.outcome != "stopped":
+                raise RuntimeError(f"a trajectory did not end as its script: {result}")
+        return Drawn(seconds, results, says.replies)
+
+    def floor(self, drawn: "Drawn", limit: Mapping[str, Any]) -> float:
+        """Return the least seconds of one trajectory alone: products at their limit's rate, and
+        the weights and cache that decoding reads at the memory's.
+        """
+        flop, gigabytes = 0.0, 0.0
+        weights = text.decode_bytes(self.words, self.width) / 1e9
+        token = token_bytes(self.words, self.width) / 1e9
+        for number, reply in enumerate(drawn.replies[0]):
+            usage = reply.usage
+            new = usage.prompt - usage.cached
+            flop += self._reading(new, usage.cached) + (number > 0) * self._looking()
+            held = usage.prompt + usage.completion / 2
+            gigabytes += usage.completion * (weights + held * token)
+        for step in drawn.results[0].trajectory.steps:
+            flop += self._drawing(len(step.metadata["given"]))
+        return flop / limit["limit_tflops"] / 1e12 + gigabytes / limit["limit_gb_s"]
+
+    def _looking(self) -> int:
+        return flops.vision(self.vision, self.patches)
+
+    def _reading(self, new: int, cached: int) -> int:
+        cfg = self.words
+        kept = 4 * new * cached * cfg.heads * cfg.head_width * cfg.layers
+        return flops.text_encoder(cfg, new) + kept
+
+    def _drawing(self, references: int) -> int:
+        nets, settings = self.model.networks, self.case.images.settings
+        size = (settings.height, settings.width)
+        layout = image.image.layout_of(nets, settings, [size] * references)
+        guided = settings.guidance != 1.0
+        cost = (1 + guided) * flops.text_encoder(nets.text_encoder.cfg, settings.text_tokens)
+        cost += references * flops.vae_encode(nets.vae.cfg, *size)
+        evaluations = settings.steps * (1 + guided)
+        if references and layout.rule.cacheable:
+            cost += flops.references(nets.transformer.cfg, layout)
+            layout = layout.with_cache()
+        cost += evaluations * flops.transformer(nets.transformer.cfg, layout)
+        return cost + flops.vae_decode(nets.vae.cfg, *size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Trajectories drawn at the same time.
+
+    Attributes:
+      seconds: until all were done.
+      results: of each.
+      replies: of each, its turns.
+    """
+
+    seconds: float
+    results: list[Result]
+    replies: list[list[Reply]]
+
+    def turns(self) -> list[dict[str, float]]:
+        """Return of each turn, and the picture that it asked for, tokens and milliseconds."""
+        found = []
+        for number, said in enumerate(zip(*self.replies, strict=True)):
+            steps = [result.trajectory.steps[number : number + 1] for result in self.results]
+            mean = lambda values: statistics.fmean(values)
+            drew = [step.metadata["draw_s"] for each in steps for step in each]
+            found.append(
+                {
+                    "read_tokens": mean([r.usage.prompt - r.usage.cached for r in said]),
+                    "write_tokens": mean([r.usage.completion for r in said]),
+                    "wait_ms": 1e3 * mean([r.times.queued for r in said]),
+                    "read_ms": 1e3 * mean([r.times.prefill for r in said]),
+                    "write_ms": 1e3 * mean([r.times.decode for r in said]),
+                    "masks_ms": 1e3 * mean([r.times.constrain for r in said]),
+                    "draw_ms": 1e3 * mean(drew) if drew else 0.0,
+                }
+            )
+        return found
+
+
+def run(case: Case, repeat: int) -> dict[str, Any]:
+    """Measure a case; return the report of the result file.
+
+    Args:
+      case: what to measure.
+      repeat: timed trajectories of each length.
+
+    Raises:
+      RuntimeError: a trajectory failed.
+    """
+    bench = Bench(case)
+    limit = {**machine.limits(case.images.dtype), **machine.memory_rate()}
+    try:
+        measured = {str(n): _measured(bench, n, repeat, limit) for n in case.generations}
+    finally:
+        bench.close()
+    parts = {}
+    for references in (0, 1):
+        shapes = dataclasses.replace(case.images, references=references)
+
+        def part(name: str, call: Any, cost: int, references: int = references) -> Any:
+            timings, results = measure({"ours": call}, repeat)
+            described = image.describe(timings["ours"], cost, limit)
+            parts[f"{name}, {references} references"] = described
+            return results["ours"]
+
+        image.components(bench.model, shapes, part)
+    return {
+        "case": dataclasses.asdict(case),
+        "limits": limit,
+        "trajectories": measured,
+        "parts": parts,
+        "memory": machine.memory(),
+    }
+
+
+def _measured(
+    bench: Bench, generations: int, repeat: int, limit: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The report of one length."""
+    first = bench.draw(generations)
+    drawn = [bench.draw(generations) for _ in range(repeat)]
+    seconds = statistics.median(each.seconds for each in drawn)
+    kinds = zip(*(each.turns() for each in drawn), strict=True)
+    turns = [
+        {name: round(statistics.median(t[name] for t in same), 3) for name in same[0]}
+        for same in kinds
+    ]
+    report = {
+        "seconds": round(seconds, 4),
+        "least_s": round(min(each.seconds for each in drawn), 4),
+        "compile_s": round(max(first.seconds - seconds, 0.0), 3),
+        "trajectories_per_minute": round(60 * bench.case.together / seconds, 3),
+        "turns": turns,
+    }
+    if bench.case.together == 1:
+        floor = bench.floor(drawn[0], limit)
+        report |= {"floor_s": round(floor, 4), "share_of_limit": round(floor / seconds, 4)}
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print a loop report."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=120)
+    env, limit, case = report["environment"], report["limits"], report["case"]
+    settings, drawing = case["images"]["settings"], case["images"]
+    console.print(
+        f"{drawing['model']} and {case['vlm']}, {drawing['dtype']}, {settings['height']}x"
+        f"{settings['width']}, {settings['steps']} steps, guidance {settings['guidance']}, "
+        f"{case['tokens']} tokens a turn and {case['verdict']} at the end "
+        f"({'under the grammar' if case['grammar'] else 'free'}), edits of {case['references']} "
+        f"before, {case['together']} together",
+        highlight=False,
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    console.print(f"{env['device']}, {env['processor']}, {versions}", highlight=False)
+    table = Table(
+        caption=f"milliseconds; limits {limit['limit_tflops']:.3g} TFLOP/s ({limit['limit_is']}), "
+        f"{limit['limit_gb_s']:.4g} GB/s ({limit['bandwidth_is']})"
+    )
+    for name in ("pictures", "turn"):
+        table.add_column(name)
+    names = ("read tokens", "write tokens", "wait", "read", "write", "masks of it", "draw")
+    for name in names:
+        table.add_column(name, justify="right")
+    for generations, one in report["trajectories"].items():
+        for number, turn in enumerate(one["turns"], 1):
+            values = [f"{value:.0f}" for value in list(turn.values())[:2]]
+            values += [f"{value:.1f}" for value in list(turn.values())[2:]]
+            table.add_row(generations if number == 1 else "", str(number), *values)
+    console.print(table)
+    for generations, one in report["trajectories"].items():
+        floor = (
+            f", floor {one['floor_s']:.3f} s: {one['share_of_limit']:.1%} of the limit"
+            if "floor_s" in one
+            else ""
+        )
+        console.print(
+            f"{generations} pictures: {one['seconds']:.3f} s, {one['trajectories_per_minute']:.3g} "
+            f"trajectories a minute{floor}; compiled in {one['compile_s']:.1f} s",
+            highlight=False,
+        )
+    for name, part in report["parts"].items():
+        console.print(
+            f"{name}: {part['median_ms']:.2f} ms, {part['share_of_limit']:.1%} of the limit",
+            highlight=False,
+        )
+    memory = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in report["memory"].items())
+    console.print(memory, highlight=False)

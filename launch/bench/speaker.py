@@ -1,0 +1,167 @@
+"""A vision-language model of random weights that directs a drawing by a script.
+
+Every token of a turn is generated, under the loop's grammar where it asks for one; the turn that
+the loop is then told is the script's, since random weights never come to an action.
+"""
+
+import dataclasses
+import random
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from clvr_jax.backends.local import LocalVlm
+from clvr_jax.backends.protocol import Message, OnText, Options, Pending, Reply
+from clvr_jax.data.turns import marker
+from clvr_jax.models.qwen3_vl import config, model
+from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl.processor import Processor
+from clvr_jax.typing import Params
+from launch import build_vlm
+from launch.bench.weights import random_params
+from launch.folders import PREPROCESSOR, SEEING, VLM_TEMPLATE
+from launch.toy import byte_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """What a trajectory says: a picture, edits of the last one, the end.
+
+    Attributes:
+      generations: pictures of it.
+      tokens: that each turn writes.
+      verdict: tokens of the last turn, which stops.
+    """
+
+    generations: int
+    tokens: int
+    verdict: int
+
+    def turn(self, number: int) -> tuple[str, int]:
+        """Return what turn `number`, counted from 1, says, and how many tokens it writes."""
+        if number > self.generations:
+            return '{"action": "stop"}', self.verdict
+        action = '"generate", "prompt": "a cup"'
+        if number > 1:
+            action = f'"edit", "prompt": "a saucer under it", "references": [{number - 1}]'
+        return f'{{"action": {action}}}\n{marker(number)}', self.tokens
+
+
+class Speaker:
+    """A local model whose sessions say a script; a `Vlm` for `clvr_jax.closed_loop.Loop`.
+
+    Attributes:
+      replies: of each session so far, what was really said.
+    """
+
+    def __init__(self, vlm: LocalVlm, script: Script):
+        self.name, self.context, self._vlm, self._script = vlm.name, vlm.context, vlm, script
+        self.replies: list[list[Reply]] = []
+
+    def start(self) -> "_Session":
+        """Return a new conversation."""
+        self.replies.append(said := [])
+        return _Session(self._vlm.start(), self._script, said)
+
+    def load(self) -> dict[str, int]:
+        """Return how much the model has to do."""
+        return self._vlm.load()
+
+    def close(self) -> None:
+        """Close the model."""
+        self._vlm.close()
+
+
+class _Session:
+    def __init__(self, session: Any, script: Script, replies: list[Reply]):
+        self._session, self._script, self._replies = session, script, replies
+
+    def submit(self, messages: Sequence[Message], options: Options, on_text: OnText) -> "_Answer":
+        text, tokens = self._script.turn(len(self._replies) + 1)
+        pending = self._session.submit(
+            messages, dataclasses.replace(options, max_tokens=tokens), on_text
+        )
+        return _Answer(pending, text, self._replies)
+
+    def close(self) -> None:
+        self._session.close()
+
+
+@dataclasses.dataclass
+class _Answer:
+    pending: Pending
+    text: str
+    replies: list[Reply]
+
+    def result(self, timeout: float | None = None) -> Reply:
+        reply = self.pending.result(timeout)
+        self.replies.append(reply)
+        return dataclasses.replace(reply, text=self.text, finish="stop")
+
+    def cancel(self) -> None:
+        self.pending.cancel()
+
+
+def build(cfg: Qwen3VLConfig, dtype: Any, **limits: Any) -> LocalVlm:
+    """Return a model of random weights that never ends a turn by itself.
+
+    Args:
+      cfg: sizes; the tokens of pictures are taken from the tokenizer.
+      dtype: of the weights.
+      limits: of `LocalVlm`.
+    """
+    tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE, words(cfg.text.vocab - 256 - len(SEEING)))
+    number = tokenizer.convert_tokens_to_ids
+    cfg = dataclasses.replace(
+        cfg,
+        image_token=number("<|image_pad|>"),
+        video_token=number("<|video_pad|>"),
+        vision_start=number("<|vision_start|>"),
+        vision_end=number("<|vision_end|>"),
+    )
+    stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    params = random_params(model.abstract_params(cfg, jnp.dtype(dtype)), 0, config.STACKED)
+    params = _endless(params, stops, cfg.text.tied)
+    return LocalVlm(
+        "random",
+        build_vlm.networks(cfg),
+        build_vlm.prepare(cfg, params, None),
+        Processor(tokenizer, VLM_TEMPLATE, _images(cfg), stops),
+        cfg,
+        **limits,
+    )
+
+
+def words(count: int) -> list[str]:
+    """Return so many different made-up words: a vocabulary whose masks cost what real ones do."""
+    rng, found = random.Random(0), dict[str, None]()
+    while len(found) < count:
+        found["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 9)))] = None
+    return list(found)
+
+
+def _endless(params: Params, stops: tuple[int, ...], tied: bool) -> Params:
+    """Parameters under which a stop scores 0, far from the likeliest tokens."""
+    name, leaf = ("embed_tokens", "embedding") if tied else ("lm_head", "kernel")
+    head = params["language"][name][leaf]
+    at = jnp.asarray(stops)
+    head = head.at[at].set(0) if tied else head.at[:, at].set(0)
+    language = params["language"] | {name: params["language"][name] | {leaf: head}}
+    return params | {"language": language}
+
+
+def _images(cfg: Qwen3VLConfig) -> Any:
+    """The released checkpoints' way with pictures: resized only beyond 4096 x 4096 pixels."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    fields = PREPROCESSOR | {"size": {"shortest_edge": 4096, "longest_edge": 4096**2}}
+    del fields["image_processor_type"]
+    vision = cfg.vision
+    fields |= {
+        "patch_size": vision.patch,
+        "temporal_patch_size": vision.temporal_patch,
+        "merge_size": vision.merge,
+    }
+    return Qwen2VLImageProcessorPil(**fields)
