@@ -32,11 +32,13 @@ $(VENV)/bin/python:
 
 # constraints hold tested versions; torch without a GPU is the CPU build where pip finds one
 $(VENV)/.run: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
-	$(RUN) -m pip install -q -c .ci/constraints.txt -e .
+	@began=$$(date +%s); $(RUN) -m pip install -q -c .ci/constraints.txt -e . && \
+	  echo "environment: $$(( $$(date +%s) - began )) s"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
-	$(RUN) -m pip install -q -c .ci/constraints.txt -e ".[dev,parity]"
+	@began=$$(date +%s); $(RUN) -m pip install -q -c .ci/constraints.txt -e ".[dev,parity]" && \
+	  echo "environment: $$(( $$(date +%s) - began )) s"
 	touch $(VENV)/.run $@
 
 clean:

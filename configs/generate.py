@@ -38,7 +38,9 @@ def get_config(variant: str = "auto") -> mlc.ConfigDict:
             evaluations=-1,  # passes through the image network
             tokens=-1,  # that the model writes
             look=1,  # it sees every so many-th picture; 0: never
-            system="control",  # control: as trained; stock: for released weights; none; or a file
+            # control: as trained; stock: for released weights; auto: as the image weights are;
+            # none; or a file
+            system="auto",
             constrain="auto",  # turns under a grammar: always, never, auto: where it can be had
             retries=3,  # of a step that failed
             best_of=4,  # pictures of --mode=best_of

@@ -301,7 +301,7 @@ def _single_files(path: Path, base: Found | None) -> Found:
                 f"{components[component.name].path.name} and {file.name}; give one of them"
             )
         components[component.name] = component
-    return Found("folder of single files", path, components, _shared(path))
+    return Found("folder of single files", path, components, _shared(path), _recorded(path))
 
 
 def _shared(path: Path) -> dict[str, Path]:

@@ -226,12 +226,18 @@ def _loop(options: argparse.Namespace) -> int:
     from launch.bench import image, loop, machine
 
     wrong = [n for n in options.generations if not 1 <= n <= MOST_GENERATIONS]
-    if wrong or options.together < 1:
+    least = min(options.together, options.repeat, options.tokens, options.verdict)
+    if wrong or least < 1:
         raise ValueError(
-            f"generations {options.generations}, {options.together} together: a trajectory has 1 "
-            f"to {MOST_GENERATIONS} pictures, and there is one at least"
+            f"generations {options.generations}: expected 1 to {MOST_GENERATIONS}; tokens, "
+            "verdict, together and repeat are 1 at least"
         )
     height, width = options.size or ((256,) * 2 if options.model in ("mid", "toy") else (1024,) * 2)
+    if height % 32 or width % 32 or height * width > 1024**2:
+        raise ValueError(
+            f"size {height}x{width}: give multiples of 32 and at most 1024x1024 pixels, which "
+            "neither model resizes"
+        )
     case = loop.Case(
         images=image.Case(
             model=options.model,

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from clvr_jax import parallel
 from clvr_jax.backends.local import LocalVlm
+from clvr_jax.backends.local.reader import cache_places
 from clvr_jax.generate.text import Networks
 from clvr_jax.models.qwen3 import language, serving
 from clvr_jax.models.qwen3.cache import token_bytes
@@ -164,8 +165,8 @@ def describe(source: str, config: Any) -> None:
     print(f"weights: {total / 2**30:.2f} GiB per device")
     token, context = token_bytes(_text(cfg), dtype.itemsize), context_of(cfg, config)
     print(
-        f"cache: {token:,} bytes a token, {token * context / 2**30:.2f} GiB for a "
-        f"conversation of {context:,} tokens, all devices together"
+        f"cache: {token:,} bytes a token, {token * cache_places(context) / 2**30:.2f} GiB for a "
+        f"conversation of {context:,} tokens while it is read, all devices together"
     )
 
 

@@ -73,6 +73,9 @@ class Pruned:
             if made.outcome != "stopped":
                 self.left_out[f"ended by {made.outcome}"] += 1
                 continue
+            if not all(step.metadata.get("shown", True) for step in made.steps):
+                self.left_out["whose pictures the model did not all see"] += 1
+                continue
             short = prune(made)
             if len(short.steps) > self._longest:
                 self.left_out[f"longer than {self._longest} steps"] += 1

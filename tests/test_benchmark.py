@@ -75,18 +75,20 @@ def test_flops_and_bytes_of_the_vision_language_model():
 
 
 @pytest.mark.slow
-def test_the_loop_benchmark_writes_its_report(tmp_path):
+@pytest.mark.parametrize("free", [["--free"], []])
+def test_the_loop_benchmark_writes_its_report(tmp_path, free):
     out = tmp_path / "loop.json"
     flags = ["--model=toy", "--vlm=toy", "--dtype=float32", "--size=64x64", "--text_tokens=64"]
-    flags += ["--generations", "1", "2", "--tokens=20", "--verdict=5", "--repeat=1", "--free"]
+    flags += ["--generations", "1", "2", "--tokens=20", "--verdict=5", "--repeat=1", *free]
     assert benchmark.main(["loop", *flags, "--references=all", f"--out={out}"]) == 0
     report = json.loads(out.read_text())
     one, two = (report["trajectories"][n] for n in "12")
-    assert [turn["write_tokens"] for turn in two["turns"]] == [20, 20, 5]
+    assert [turn["new_tokens"] for turn in two["turns"]] == [20, 20, 5]
+    assert all((turn["constrain_ms"] > 0) is not bool(free) for turn in two["turns"])
     assert [turn["draw_ms"] > 0 for turn in one["turns"]] == [True, False]
     assert 0 < one["floor_s"] < two["floor_s"] < two["seconds"]
     # a turn reads what is new: the picture, and what closes the turn before
-    assert two["turns"][1]["read_tokens"] < one["turns"][0]["read_tokens"]
+    assert two["turns"][1]["prompt_tokens"] < one["turns"][0]["prompt_tokens"]
     assert {"denoise, 0 references", "denoise, 1 references"} < report["parts"].keys()
 
 

@@ -105,6 +105,22 @@ def test_a_trajectory_is_told_step_by_step():
     assert "the model was satisfied" in html and "<b>24</b>tokens" in html
 
 
+def test_the_last_turn_is_told_whether_it_stopped_or_had_no_budget():
+    html = shown(closing="All is there.", metadata={"closing": {"tokens": 7, "retries": ["busy"]}})
+    assert "7 tokens" in html and "tried again: busy" in html and "✓" in html
+    action = {"kind": "edit", "prompt": "move the star", "references": [2]}
+    left = {"reasoning": "The star of <IMG_GEN_2> is low.", "action": action, "think_s": 0.5}
+    html = shown(outcome="generations", metadata={"unfinished": left})
+    assert "The star of picture 2 is low." in html and "move the star" in html
+    assert "(not drawn)" in html and "0.5 s thinking" in html and "✓" not in html
+
+
+def test_pictures_that_are_shown_small_are_small():
+    large = [Image.effect_noise((256, 256), 90).convert("RGB") for _ in range(2)]
+    whole = trajectory_page(Trajectory(id="x", goal="y", steps=STEPS), large, SPENT, {})
+    assert len(whole) < sum(len(png_uri(picture)) for picture in large) * 1.6 + 30_000
+
+
 def test_a_failed_trajectory_says_why():
     html = shown(outcome="failed", metadata={"error": "Failed: <no> action"})
     assert "it failed" in html and "Failed: &lt;no&gt; action" in html

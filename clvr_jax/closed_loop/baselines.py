@@ -17,7 +17,7 @@ from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm
 from clvr_jax.closed_loop.drawing import Drawing
 from clvr_jax.closed_loop.events import Drew, Ended, OnEvent, Retried, ignore
 from clvr_jax.closed_loop.result import Result, Task
-from clvr_jax.data.trajectory import Step, Trajectory
+from clvr_jax.data.trajectory import Step, Trajectory, check_goal
 from clvr_jax.data.turns import Action
 
 _HEAT = 0.7  # least temperature of an answer that is asked for anew
@@ -130,6 +130,7 @@ class _Baseline:
     def result(self, work: Any) -> Result:
         began, error = time.monotonic(), None
         try:
+            check_goal(self._task.goal)
             work(self)
         except Exception as failure:  # whatever it is, what was drawn is kept
             error = f"{type(failure).__name__}: {failure}"

@@ -54,6 +54,11 @@ class Settings:
     pattern: str = "full"
     rounding: str = "none"
 
+    @property
+    def evaluations(self) -> int:
+        """Passes of a picture through the network: with guidance two a step."""
+        return self.steps * (1 if self.guidance == 1.0 else 2)
+
 
 @dataclasses.dataclass
 class ImageModel:

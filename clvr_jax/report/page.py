@@ -28,11 +28,14 @@ def page(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(version=__version__, **values)
 
 
-def png_uri(picture: UInt8[np.ndarray, "y x 3"] | Image.Image) -> str:
-    """Return a picture as a data URI."""
+def png_uri(picture: UInt8[np.ndarray, "y x 3"] | Image.Image, most: int | None = None) -> str:
+    """Return a picture as a data URI, shrunk where a side has more than `most` pixels."""
     file = io.BytesIO()
-    whole = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-    whole.save(file, "PNG", optimize=True)
+    shown = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    if most is not None and max(shown.size) > most:
+        shown = shown.convert("RGB")
+        shown.thumbnail((most, most))
+    shown.save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

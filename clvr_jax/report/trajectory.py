@@ -19,6 +19,7 @@ ENDS = {
     "failed": "it failed",
     None: "everything was done",
 }
+_SMALL = 64  # pixels of a picture beside the step that works from it
 _DOES = {"generate": "draws", "edit": "edits", None: "draws"}
 
 
@@ -67,9 +68,12 @@ def trajectory_page(
       ValueError: there are more or fewer pictures than steps.
     """
     uris = [png_uri(picture) for picture in pictures]
+    small = [png_uri(picture, _SMALL) for picture in pictures]
     final = trajectory.final or len(uris)
+    metadata = trajectory.metadata
+    unfinished, closing = metadata.get("unfinished", {}), metadata.get("closing", {})
     steps = [
-        _step(number, step, uris, number == final)
+        _step(number, step, uris[number - 1], small, number == final)
         for number, step in zip(range(1, len(uris) + 1), trajectory.steps, strict=True)
     ]
     return page(
@@ -79,10 +83,13 @@ def trajectory_page(
         final=final,
         outcome=trajectory.outcome,
         end=ENDS[trajectory.outcome],
-        error=trajectory.metadata.get("error"),
+        error=metadata.get("error"),
         tiles=_tiles(spent),
         steps=steps,
         closing=_named(trajectory.closing),
+        unfinished=_unfinished(unfinished),
+        retries=[*unfinished.get("retries", []), *closing.get("retries", [])],
+        last=_cost(unfinished or closing),
         facts=list(facts.items()),
     )
 
@@ -122,25 +129,43 @@ def _tiles(spent: Spent) -> list[tuple[str, str]]:
     ]
 
 
-def _step(number: int, step: Step, uris: Sequence[str], final: bool) -> dict[str, Any]:
-    action, metadata = step.action, step.metadata
-    references = action.references if action else ()
+def _unfinished(turn: Mapping[str, Any]) -> dict[str, str]:
+    """The turn that came when there was no going on: what it said, and what it would have done."""
+    if "reasoning" not in turn:
+        return {}
+    action = turn["action"]
+    return {
+        "reasoning": _named(turn["reasoning"]),
+        "does": _DOES[action["kind"]],
+        "prompt": _named(action["prompt"]),
+    }
+
+
+def _cost(metadata: Mapping[str, Any]) -> str:
     cost = [
         f"{metadata[name]:.1f} s {what}"
         for name, what in (("think_s", "thinking"), ("draw_s", "drawing"))
         if name in metadata
     ]
     cost += [f"{metadata[name]} {name}" for name in ("tokens", "evaluations") if name in metadata]
+    return ", ".join(cost)
+
+
+def _step(
+    number: int, step: Step, picture: str, small: Sequence[str], final: bool
+) -> dict[str, Any]:
+    action, metadata = step.action, step.metadata
+    references = action.references if action else ()
     return {
         "number": number,
         "reasoning": _named(step.reasoning),
         "does": _DOES[action.kind if action else None],
         "prompt": _named(action.prompt) if action else "",
-        "references": [(n, uris[n - 1]) for n in references],
-        "picture": uris[number - 1],
+        "references": [(n, small[n - 1]) for n in references],
+        "picture": picture,
         "verdict": step.verdict,
         "retries": metadata.get("retries", []),
-        "cost": ", ".join(cost),
+        "cost": _cost(metadata),
         "final": final,
     }
 

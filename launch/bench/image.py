@@ -124,6 +124,30 @@ def _pictures(count: int, height: int, width: int) -> tuple[PIL.Image.Image, ...
     return tuple(PIL.Image.fromarray(one) for one in pixels)
 
 
+def costs(nets: Networks, settings: Settings, references: int, batch: int = 1) -> dict[str, int]:
+    """Return the FLOPs of every compiled program of pictures, each of one prompt.
+
+    Args:
+      nets: the networks.
+      settings: how they sample.
+      references: of each, of the size of the picture.
+      batch: pictures together.
+    """
+    size, guided = (settings.height, settings.width), settings.guidance != 1.0
+    layout = image.layout_of(nets, settings, [size] * references)
+    text = flops.text_encoder(nets.text_encoder.cfg, settings.text_tokens)
+    found = {"text encode": (batch + guided) * text}
+    if references:
+        found["reference encode"] = references * flops.vae_encode(nets.vae.cfg, *size)
+    if references and layout.rule.cacheable:
+        found["reference cache"] = flops.references(nets.transformer.cfg, layout)
+        layout = layout.with_cache()
+    evaluation = flops.transformer(nets.transformer.cfg, layout)
+    found["denoise"] = batch * settings.evaluations * evaluation
+    found["vae decode"] = batch * flops.vae_decode(nets.vae.cfg, *size)
+    return found
+
+
 def components(model: ImageModel, case: Case, part: Callable[..., Any]) -> None:
     """Hand every compiled program to `part(name, call, flops)` in the order `generate` runs them.
 
@@ -132,19 +156,18 @@ def components(model: ImageModel, case: Case, part: Callable[..., Any]) -> None:
     nets, params, settings = model.networks, model.params, case.settings
     references = [prepare(picture) for picture in pictures_of(case)]
     layout = image.layout_of(nets, settings, [r.shape[:2] for r in references])
-    size = (settings.height, settings.width)
     guided = settings.guidance != 1.0
+    cost = costs(nets, settings, len(references), case.batch)
     texts = prompts_of(case) + [""] * guided
     ids, lengths = map(jnp.asarray, tokenize(model.tokenizer, texts, settings.text_tokens))
     text = part(
         "text encode",
         lambda: image.encode_text(nets, params["text_encoder"], ids, lengths),
-        len(texts) * flops.text_encoder(nets.text_encoder.cfg, settings.text_tokens),
+        cost["text encode"],
     )
     read = lambda: image.reference_tokens(nets, params["vae"], references, text.dtype)
     if references:
-        cost = len(references) * flops.vae_encode(nets.vae.cfg, *size)
-        tokens = part("reference encode", read, cost)
+        tokens = part("reference encode", read, cost["reference encode"])
     else:
         tokens = read()
     cache = None
@@ -154,7 +177,7 @@ def components(model: ImageModel, case: Case, part: Callable[..., Any]) -> None:
             lambda: image.extend_cache(
                 nets, layout, params["transformer"], model.adapters, tokens, None
             ),
-            flops.references(nets.transformer.cfg, layout),
+            cost["reference cache"],
         )
         layout, tokens = layout.with_cache(), tokens[:, :0]
     denoise = functools.partial(
@@ -172,13 +195,11 @@ def components(model: ImageModel, case: Case, part: Callable[..., Any]) -> None:
         text[case.batch :] if guided else None,
         jnp.float32(settings.guidance),
     )
-    evaluations = case.batch * settings.steps * (1 + guided)
-    cost = evaluations * flops.transformer(nets.transformer.cfg, layout)
-    latents = part("denoise", denoise, cost)
+    latents = part("denoise", denoise, cost["denoise"])
     part(
         "vae decode",
         lambda: image.decode(nets, params["vae"], latents),
-        case.batch * flops.vae_decode(nets.vae.cfg, *size),
+        cost["vae decode"],
     )
 
 

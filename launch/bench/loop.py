@@ -15,16 +15,18 @@ import jax.numpy as jnp
 
 from clvr_jax.backends.local.images import LocalImages
 from clvr_jax.backends.local.reader import cache_places
-from clvr_jax.backends.protocol import Reply
+from clvr_jax.backends.local.sequence import power
 from clvr_jax.closed_loop import Budget, Loop, Result, Task
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.models.qwen3.cache import token_bytes
 from configs import vlm as vlm_config
 from launch.bench import flops, image, machine, speaker, text
 from launch.bench.timing import measure
-from launch.drawing.command import options_of
+from launch.drawing.options import options_of
+from launch.runtime import compile_seconds
 
 _GOAL = "two blue cups left of a red book on a round table of dark wood, a window behind it, "
+_WARM = 4  # most runs before those that are timed
 _ROOM = 2048  # tokens of a conversation beside pictures and what is written
 
 
@@ -33,7 +35,7 @@ class Case:
     """What is measured.
 
     Attributes:
-      images: klein and how it samples; its references are those of an edit.
+      images: klein and how it samples; how many references it has is the loop's.
       vlm: a key of `text.MODELS`.
       generations: pictures of each kind of trajectory.
       tokens: that a turn writes.
@@ -62,17 +64,18 @@ class Bench:
         self.width = jnp.dtype(case.images.dtype).itemsize
         self.patches = settings.height * settings.width // cfg.vision.patch**2
         turn = self.patches // cfg.vision.cell + case.tokens
-        context = _ROOM + max(case.generations) * turn
+        context = _ROOM + max(case.generations) * turn + case.verdict
+        self.token = token_bytes(cfg.text, self.width)
+        rows = power(case.together)  # decoded together, while one more is read
         self.model = image.build(case.images)
         self.vlm = speaker.build(
             cfg,
             case.images.dtype,
             context=context,
-            cache_bytes=cache_places(context, case.together) * token_bytes(cfg.text, self.width),
+            cache_bytes=(rows + 1) * cache_places(context) * self.token,
         )
         texts = (settings.text_tokens,)
-        name, batch = case.images.model, 1 << (case.together - 1).bit_length()
-        self.images = LocalImages(name, self.model, settings, texts, batch=batch)
+        self.images = LocalImages(case.images.model, self.model, settings, texts, batch=rows)
         references = "all" if case.references == "all" else "chosen"
         self.policy = Policy(text="instruction", references=references, buckets=texts)
 
@@ -81,7 +84,7 @@ class Bench:
         self.images.close()
         self.vlm.close()
 
-    def draw(self, generations: int) -> "Drawn":
+    def draw(self, generations: int) -> "Timed":
         """Draw trajectories at the same time, each of so many pictures.
 
         Raises:
@@ -101,79 +104,66 @@ class Bench:
         seconds = time.perf_counter() - began
         for result in results:
             if result.error or result.trajectory.outcome != "stopped":
-                raise RuntimeError(f"a trajectory did not end as its script: {result}")
-        return Drawn(seconds, results, says.replies)
+                why = result.error or result.trajectory.outcome
+                raise RuntimeError(f"a trajectory did not end as its script: {why}")
+        return Timed(seconds, results, says.turns)
 
-    def floor(self, drawn: "Drawn", limit: Mapping[str, Any]) -> float:
+    def floor(self, timed: "Timed", limit: Mapping[str, Any]) -> float:
         """Return the least seconds of one trajectory alone: products at their limit's rate, and
         the weights and cache that decoding reads at the memory's.
         """
-        flop, gigabytes = 0.0, 0.0
-        weights = text.decode_bytes(self.words, self.width) / 1e9
-        token = token_bytes(self.words, self.width) / 1e9
-        for number, reply in enumerate(drawn.replies[0]):
+        flop, gigabytes = 0, 0.0
+        weights, token = text.decode_bytes(self.words, self.width), self.token
+        for number, (reply, _) in enumerate(timed.turns[0]):
             usage = reply.usage
-            new = usage.prompt - usage.cached
-            flop += self._reading(new, usage.cached) + (number > 0) * self._looking()
+            flop += self._reading(usage.prompt - usage.cached, usage.cached)
+            if number:  # a picture is looked at
+                flop += flops.vision(self.vision, self.patches)
             held = usage.prompt + usage.completion / 2
-            gigabytes += usage.completion * (weights + held * token)
-        for step in drawn.results[0].trajectory.steps:
-            flop += self._drawing(len(step.metadata["given"]))
+            gigabytes += usage.completion * (weights + held * token) / 1e9
+        for step in timed.results[0].trajectory.steps:
+            given = len(step.metadata["given"])
+            flop += sum(image.costs(self.model.networks, self.case.images.settings, given).values())
         return flop / limit["limit_tflops"] / 1e12 + gigabytes / limit["limit_gb_s"]
-
-    def _looking(self) -> int:
-        return flops.vision(self.vision, self.patches)
 
     def _reading(self, new: int, cached: int) -> int:
         cfg = self.words
         kept = 4 * new * cached * cfg.heads * cfg.head_width * cfg.layers
         return flops.text_encoder(cfg, new) + kept
 
-    def _drawing(self, references: int) -> int:
-        nets, settings = self.model.networks, self.case.images.settings
-        size = (settings.height, settings.width)
-        layout = image.image.layout_of(nets, settings, [size] * references)
-        guided = settings.guidance != 1.0
-        cost = (1 + guided) * flops.text_encoder(nets.text_encoder.cfg, settings.text_tokens)
-        cost += references * flops.vae_encode(nets.vae.cfg, *size)
-        evaluations = settings.steps * (1 + guided)
-        if references and layout.rule.cacheable:
-            cost += flops.references(nets.transformer.cfg, layout)
-            layout = layout.with_cache()
-        cost += evaluations * flops.transformer(nets.transformer.cfg, layout)
-        return cost + flops.vae_decode(nets.vae.cfg, *size)
-
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Timed:
     """Trajectories drawn at the same time.
 
     Attributes:
       seconds: until all were done.
       results: of each.
-      replies: of each, its turns.
+      turns: of each.
     """
 
     seconds: float
     results: list[Result]
-    replies: list[list[Reply]]
+    turns: list[list[speaker.Said]]
 
-    def turns(self) -> list[dict[str, float]]:
+    def means(self) -> list[dict[str, float]]:
         """Return of each turn, and the picture that it asked for, tokens and milliseconds."""
         found = []
-        for number, said in enumerate(zip(*self.replies, strict=True)):
+        for number, said in enumerate(zip(*self.turns, strict=True)):
             steps = [result.trajectory.steps[number : number + 1] for result in self.results]
-            mean = lambda values: statistics.fmean(values)
             drew = [step.metadata["draw_s"] for each in steps for step in each]
+            usage, times = [s.reply.usage for s in said], [s.reply.times for s in said]
+            ms = lambda values: 1e3 * statistics.fmean(values)
             found.append(
                 {
-                    "read_tokens": mean([r.usage.prompt - r.usage.cached for r in said]),
-                    "write_tokens": mean([r.usage.completion for r in said]),
-                    "wait_ms": 1e3 * mean([r.times.queued for r in said]),
-                    "read_ms": 1e3 * mean([r.times.prefill for r in said]),
-                    "write_ms": 1e3 * mean([r.times.decode for r in said]),
-                    "masks_ms": 1e3 * mean([r.times.constrain for r in said]),
-                    "draw_ms": 1e3 * mean(drew) if drew else 0.0,
+                    "prompt_tokens": statistics.fmean(u.prompt - u.cached for u in usage),
+                    "new_tokens": statistics.fmean(u.completion for u in usage),
+                    "prepare_ms": ms(s.prepare for s in said),
+                    "queued_ms": ms(t.queued for t in times),
+                    "prefill_ms": ms(t.prefill for t in times),
+                    "decode_ms": ms(t.decode for t in times),
+                    "constrain_ms": ms(t.constrain for t in times),
+                    "draw_ms": ms(drew or [0.0]),
                 }
             )
         return found
@@ -219,23 +209,29 @@ def _measured(
     bench: Bench, generations: int, repeat: int, limit: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The report of one length."""
-    first = bench.draw(generations)
-    drawn = [bench.draw(generations) for _ in range(repeat)]
-    seconds = statistics.median(each.seconds for each in drawn)
-    kinds = zip(*(each.turns() for each in drawn), strict=True)
+    with compile_seconds() as compiled:
+        for _ in range(_WARM):  # which shapes meet depends on timing where several are drawn
+            before = compiled()
+            bench.draw(generations)
+            if compiled() == before:
+                break
+        spent = compiled()
+    timed = [bench.draw(generations) for _ in range(repeat)]
+    seconds = statistics.median(each.seconds for each in timed)
+    kinds = zip(*(each.means() for each in timed), strict=True)
     turns = [
         {name: round(statistics.median(t[name] for t in same), 3) for name in same[0]}
         for same in kinds
     ]
     report = {
         "seconds": round(seconds, 4),
-        "least_s": round(min(each.seconds for each in drawn), 4),
-        "compile_s": round(max(first.seconds - seconds, 0.0), 3),
+        "min_s": round(min(each.seconds for each in timed), 4),
+        "compile_s": round(spent, 3),
         "trajectories_per_minute": round(60 * bench.case.together / seconds, 3),
         "turns": turns,
     }
     if bench.case.together == 1:
-        floor = bench.floor(drawn[0], limit)
+        floor = bench.floor(timed[0], limit)
         report |= {"floor_s": round(floor, 4), "share_of_limit": round(floor / seconds, 4)}
     return report
 
@@ -252,25 +248,34 @@ def show(report: dict[str, Any]) -> None:
         f"{drawing['model']} and {case['vlm']}, {drawing['dtype']}, {settings['height']}x"
         f"{settings['width']}, {settings['steps']} steps, guidance {settings['guidance']}, "
         f"{case['tokens']} tokens a turn and {case['verdict']} at the end "
-        f"({'under the grammar' if case['grammar'] else 'free'}), edits of {case['references']} "
-        f"before, {case['together']} together",
+        f"({'under the grammar' if case['grammar'] else 'free'}), edits see "
+        f"{'the last picture' if case['references'] == 'last' else 'all before'}, "
+        f"{case['together']} together",
         highlight=False,
     )
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
     console.print(f"{env['device']}, {env['processor']}, {versions}", highlight=False)
     table = Table(
-        caption=f"milliseconds; limits {limit['limit_tflops']:.3g} TFLOP/s ({limit['limit_is']}), "
-        f"{limit['limit_gb_s']:.4g} GB/s ({limit['bandwidth_is']})"
+        caption=f"tokens and milliseconds; limits {limit['limit_tflops']:.3g} TFLOP/s "
+        f"({limit['limit_is']}), {limit['limit_gb_s']:.4g} GB/s ({limit['bandwidth_is']})"
     )
     for name in ("pictures", "turn"):
         table.add_column(name)
-    names = ("read tokens", "write tokens", "wait", "read", "write", "masks of it", "draw")
-    for name in names:
+    columns = {
+        "prompt_tokens": "new prompt",
+        "new_tokens": "written",
+        "prepare_ms": "prepare",
+        "queued_ms": "queued",
+        "prefill_ms": "prefill",
+        "decode_ms": "decode",
+        "constrain_ms": "masks of it",
+        "draw_ms": "draw",
+    }
+    for name in columns.values():
         table.add_column(name, justify="right")
     for generations, one in report["trajectories"].items():
         for number, turn in enumerate(one["turns"], 1):
-            values = [f"{value:.0f}" for value in list(turn.values())[:2]]
-            values += [f"{value:.1f}" for value in list(turn.values())[2:]]
+            values = [f"{turn[c]:.1f}" if c.endswith("_ms") else f"{turn[c]:.0f}" for c in columns]
             table.add_row(generations if number == 1 else "", str(number), *values)
     console.print(table)
     for generations, one in report["trajectories"].items():

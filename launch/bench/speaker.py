@@ -1,20 +1,21 @@
 """A vision-language model of random weights that directs a drawing by a script.
 
 Every token of a turn is generated, under the loop's grammar where it asks for one; the turn that
-the loop is then told is the script's, since random weights never come to an action.
+the loop is then told is the script's, since random weights do not come to an action.
 """
 
 import dataclasses
 import random
 import string
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from clvr_jax.backends.local import LocalVlm
 from clvr_jax.backends.protocol import Message, OnText, Options, Pending, Reply
-from clvr_jax.data.turns import marker
+from clvr_jax.data.turns import STOP, Action
 from clvr_jax.models.qwen3_vl import config, model
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.processor import Processor
@@ -42,27 +43,34 @@ class Script:
     def turn(self, number: int) -> tuple[str, int]:
         """Return what turn `number`, counted from 1, says, and how many tokens it writes."""
         if number > self.generations:
-            return '{"action": "stop"}', self.verdict
-        action = '"generate", "prompt": "a cup"'
+            return STOP, self.verdict
+        action = Action(kind="generate", prompt="a cup")
         if number > 1:
-            action = f'"edit", "prompt": "a saucer under it", "references": [{number - 1}]'
-        return f'{{"action": {action}}}\n{marker(number)}', self.tokens
+            action = Action(kind="edit", prompt="a saucer under it", references=(number - 1,))
+        return action.line(), self.tokens
+
+
+class Said(NamedTuple):
+    """A turn as it was generated, and the seconds that its words and pictures took before that."""
+
+    reply: Reply
+    prepare: float
 
 
 class Speaker:
     """A local model whose sessions say a script; a `Vlm` for `clvr_jax.closed_loop.Loop`.
 
     Attributes:
-      replies: of each session so far, what was really said.
+      turns: of each session so far.
     """
 
     def __init__(self, vlm: LocalVlm, script: Script):
         self.name, self.context, self._vlm, self._script = vlm.name, vlm.context, vlm, script
-        self.replies: list[list[Reply]] = []
+        self.turns: list[list[Said]] = []
 
     def start(self) -> "_Session":
         """Return a new conversation."""
-        self.replies.append(said := [])
+        self.turns.append(said := [])
         return _Session(self._vlm.start(), self._script, said)
 
     def load(self) -> dict[str, int]:
@@ -75,15 +83,15 @@ class Speaker:
 
 
 class _Session:
-    def __init__(self, session: Any, script: Script, replies: list[Reply]):
-        self._session, self._script, self._replies = session, script, replies
+    def __init__(self, session: Any, script: Script, turns: list[Said]):
+        self._session, self._script, self._turns = session, script, turns
 
     def submit(self, messages: Sequence[Message], options: Options, on_text: OnText) -> "_Answer":
-        text, tokens = self._script.turn(len(self._replies) + 1)
-        pending = self._session.submit(
-            messages, dataclasses.replace(options, max_tokens=tokens), on_text
-        )
-        return _Answer(pending, text, self._replies)
+        text, tokens = self._script.turn(len(self._turns) + 1)
+        began = time.perf_counter()
+        options = dataclasses.replace(options, max_tokens=tokens)
+        pending = self._session.submit(messages, options, on_text)
+        return _Answer(pending, text, tokens, self._turns, time.perf_counter() - began)
 
     def close(self) -> None:
         self._session.close()
@@ -93,11 +101,15 @@ class _Session:
 class _Answer:
     pending: Pending
     text: str
-    replies: list[Reply]
+    tokens: int
+    turns: list[Said]
+    prepare: float
 
     def result(self, timeout: float | None = None) -> Reply:
         reply = self.pending.result(timeout)
-        self.replies.append(reply)
+        if reply.usage.completion != self.tokens:
+            raise RuntimeError(f"a turn wrote {reply.usage.completion} of {self.tokens} tokens")
+        self.turns.append(Said(reply, self.prepare))
         return dataclasses.replace(reply, text=self.text, finish="stop")
 
     def cancel(self) -> None:
@@ -105,7 +117,7 @@ class _Answer:
 
 
 def build(cfg: Qwen3VLConfig, dtype: Any, **limits: Any) -> LocalVlm:
-    """Return a model of random weights that never ends a turn by itself.
+    """Return a model of random weights that hardly ever ends a turn by itself.
 
     Args:
       cfg: sizes; the tokens of pictures are taken from the tokenizer.
@@ -153,7 +165,7 @@ def _endless(params: Params, stops: tuple[int, ...], tied: bool) -> Params:
 
 
 def _images(cfg: Qwen3VLConfig) -> Any:
-    """The released checkpoints' way with pictures: resized only beyond 4096 x 4096 pixels."""
+    """What takes pictures as they are, if their sides are multiples of a cell's."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     fields = PREPROCESSOR | {"size": {"shortest_edge": 4096, "longest_edge": 4096**2}}

@@ -1,27 +1,28 @@
 """`python -m launch.generate` in the modes that ask a vision-language model."""
 
+import hashlib
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import clvr_jax
 from clvr_jax.backends.images import ImageGenerator
 from clvr_jax.backends.local import LocalVlm
 from clvr_jax.backends.protocol import Options, Vlm
-from clvr_jax.backends.requests import CONTROL
 from clvr_jax.closed_loop import Budget, Loop
 from clvr_jax.closed_loop.baselines import BestOf, Rewrite, Single
 from clvr_jax.data.conditioning import Policy
+from clvr_jax.data.trajectory import check_goal
+from conversion.components import Component
+from conversion.sources import fingerprint
 from launch import build, build_vlm
 from launch.drawing import folder, models, placement
+from launch.drawing.options import budget_of, check_mode, options_of, references_of, system_of
 from launch.drawing.run import check
 from launch.drawing.run import draw as draw_all
 from launch.drawing.show import Show
 from launch.plan import targets
 from launch.runtime import compile_seconds
-
-_STOCK = Path(clvr_jax.__file__).parent / "closed_loop" / "stock.txt"
 
 
 class Sources(NamedTuple):
@@ -65,20 +66,26 @@ def draw(
       SystemExit: with 1, if a prompt failed.
     """
     start = time.perf_counter()
+    for prompt in prompts:
+        check_goal(prompt)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     tasks = folder.tasks(prompts, seeds)
     models.check_words(prompts, (sources.weights, sources.vlm))
     sized = placement.sized(sources.weights) if dry_run else None
     weights = sized or build.inspect_weights(sources.weights, sources.transformer)
-    policy, budget, system = models.policy_of(weights), budget_of(config), system_of(config)
-    speaker = None
+    policy, budget = models.policy_of(weights), budget_of(config)
+    named, system = system_of(config, trained="conditioning" in weights.found.manifest)
+    settings = models.settings_of(weights, config)
+    check_mode(mode, config, settings.evaluations)
+    speaker, references = None, references_of(policy, budget) if mode == "loop" else 0
     if sources.vlm and sources.vlm != models.TEACHER:
         speaker = placement.sized_vlm(sources.vlm) if dry_run else None
         speaker = speaker or build_vlm.find(sources.vlm)
     found = placement.place(
         weights,
         speaker,
-        models.settings_of(weights, config),
+        settings,
+        references,
         config,
         vlm_config,
         targets.parse(target if dry_run else targets.HERE),
@@ -87,14 +94,15 @@ def draw(
         print(found.table())
         found.require()
         return
-    settings = {
+    about = {
         "mode": mode,
         "weights": build.weight_fingerprint(weights),
-        "vlm": sources.vlm or (f"{sources.name} at {sources.server}" if sources.server else None),
-        "config": config.to_dict() | {"mesh": None},
-        "vlm_config": vlm_config.to_dict() | {"mesh": None, "remote": None},
+        "vlm": _named(sources, speaker),
+        "system": f"{named} {hashlib.sha256((system or '').encode()).hexdigest()[:12]}",
+        "config": config.to_dict(),
+        "vlm_config": vlm_config.to_dict(),
     }
-    check(out, tasks, settings, resume)
+    check(out, tasks, about, resume)
     found.require()
     say(found.table())
     vlm = None
@@ -112,7 +120,7 @@ def draw(
                 lambda task, tell: work.run(task, tell),
                 tasks,
                 out,
-                settings,
+                about,
                 f"{len(tasks)} prompts, {mode}",
                 min(config.loop.concurrency, len(tasks)),
                 Show(len(tasks)),
@@ -128,6 +136,16 @@ def draw(
     if failed:
         say(f"error: {len(failed)} of {len(results)} prompts failed: {', '.join(failed[:5])}")
         raise SystemExit(1)
+
+
+def _named(sources: Sources, speaker: Component | None) -> str | None:
+    """The vision-language model, so that another one under the same name is told from it."""
+    if sources.server:
+        return f"{sources.name} at {sources.server}"
+    if speaker is None:
+        return sources.vlm
+    weights = fingerprint(speaker.open(), speaker.abstract(), speaker.stacked)
+    return f"{sources.vlm} {weights}"
 
 
 def worker(
@@ -163,43 +181,4 @@ def worker(
         options,
         known[config.loop.constrain],
         config.loop.retries,
-    )
-
-
-def budget_of(config: Any) -> Budget:
-    """Return the budget of a config; -1 is no limit."""
-    loop = config.loop
-    limit = lambda value: None if value == -1 else value
-    return Budget(
-        loop.generations,
-        limit(loop.seconds),
-        limit(loop.evaluations),
-        limit(loop.tokens),
-        loop.look,
-    )
-
-
-def system_of(config: Any) -> str | None:
-    """Return the system message of a config.
-
-    Raises:
-      FileNotFoundError: it is neither a known name nor a file.
-    """
-    known = {"control": CONTROL, "stock": None, "none": None}
-    name = config.loop.system
-    if name not in known and not Path(name).is_file():
-        raise FileNotFoundError(f"system is {name!r}; choose {', '.join(known)} or a file's path")
-    if name == "stock":
-        return _STOCK.read_text().strip()
-    return known[name] if name in known else Path(name).read_text().strip()
-
-
-def options_of(config: Any) -> Options:
-    """Return how turns are generated by a config of configs/vlm.py; seeds come from the tasks."""
-    return Options(
-        max_tokens=config.max_tokens,
-        temperature=float(config.temperature),
-        top_p=float(config.top_p),
-        top_k=config.top_k,
-        presence_penalty=float(config.presence_penalty),
     )

@@ -129,6 +129,4 @@ def write_index(out: Path, title: str, done: Iterable[Task], about: Mapping[str,
 
 def _thumbnail(file: Path) -> str:
     with Image.open(file) as picture:
-        small = picture.convert("RGB")
-    small.thumbnail((_SMALL, _SMALL))
-    return png_uri(small)
+        return png_uri(picture, _SMALL)

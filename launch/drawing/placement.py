@@ -24,7 +24,6 @@ from launch.plan import memory
 from launch.plan.activations import Line
 from launch.plan.targets import GIB, HERE, Target, mesh_sizes
 
-_REFERENCES = 3  # pictures that a plan expects an edit to see
 _ROOM = 0.05  # of a device that is left to the runtime
 
 
@@ -135,6 +134,7 @@ def place(
     weights: build.Weights,
     vlm: Component | None,
     settings: Settings,
+    references: int,
     config: Any,
     vlm_config: Any,
     target: Target,
@@ -148,6 +148,7 @@ def place(
       weights: of the image model, as looked at.
       vlm: language model that is to be here, as looked at.
       settings: how pictures are sampled.
+      references: most that one picture is drawn with.
       config: of configs/generate.py.
       vlm_config: of configs/vlm.py.
       target: the machine.
@@ -156,7 +157,7 @@ def place(
       ValueError: meshes do not make the devices, or there is no such device.
     """
     limit = None if target.memory is None else int(target.memory * (1 - _ROOM))
-    shares = [_images(weights, settings, config, target)]
+    shares = [_images(weights, settings, references, config, target)]
     if vlm is None:
         return Placement(tuple(shares), limit, 0)
     dtype = _dtype(vlm_config.dtype, target)
@@ -166,14 +167,20 @@ def place(
     token = token_bytes(cfg, dtype.itemsize)
     context = build_vlm.context_of(vlm.config, vlm_config)
     cache = int(vlm_config.cache_gib * GIB)
-    how = "--vlm_config.cache_gib"
+    how, least = "--vlm_config.cache_gib", token * cache_places(context)
+    if 0 < cache < least:
+        raise ValueError(
+            f"--vlm_config.cache_gib={vlm_config.cache_gib} does not hold a conversation of "
+            f"{context} tokens, which takes {least / GIB:.2f}; give more, or a smaller "
+            "--vlm_config.context"
+        )
     if vlm_config.cache_gib <= 0:
         cache = token * cache_places(context, config.loop.concurrency)
         how = f"{config.loop.concurrency} conversations of {context:,} tokens"
         if limit is not None:
             taken = Placement((*shares, Share("", devices, (params,))), limit, 0)
             room = min(limit - taken.taken(device) for device in devices) * len(devices)
-            if cache > room >= token * cache_places(context):
+            if cache > room >= least:
                 cache, how = room, f"what is left: {room // token:,} tokens"
     line = Line("keys and values", -(-cache // len(devices)), how)
     shares.append(Share("language model", devices, (params, line)))
@@ -195,7 +202,9 @@ def devices_of(config: Any, target: Target) -> tuple[tuple[int, ...], Mapping[st
     return devices, mesh_sizes(config.mesh.to_dict(), len(devices))
 
 
-def _images(weights: build.Weights, settings: Settings, config: Any, target: Target) -> Share:
+def _images(
+    weights: build.Weights, settings: Settings, references: int, config: Any, target: Target
+) -> Share:
     dtype = _dtype(config.dtype, target)
     devices, sizes = devices_of(config, target)
     nets = build.networks(weights, "reference", config.layers)
@@ -207,7 +216,7 @@ def _images(weights: build.Weights, settings: Settings, config: Any, target: Tar
     rows, copies, size = config.batch, 1 if settings.guidance == 1.0 else 2, dtype.itemsize
     factor = vae.factor
     places = (settings.height // factor) * (settings.width // factor)
-    tokens = weights.texts[-1] + places * (1 + _REFERENCES)
+    tokens = weights.texts[-1] + places * (1 + references)
     # a single block forward: what comes in and goes out, queries, keys, values, and the MLP twice
     token = (6 * cfg.width + 3 * cfg.mlp_width) * size + 2 * 4 * cfg.width
     drawing = f"{rows * copies} rows of {tokens:,} tokens"

@@ -1,6 +1,7 @@
 """Many tasks at once: each in a thread of its own, their model calls batched by the backends."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -12,6 +13,11 @@ from launch.drawing import folder
 from launch.pictures import write_text
 
 SETTINGS = "settings.json"
+# parts of the configs that say how work is spread, not what is drawn
+_SPREAD = re.compile(
+    r"(vlm_)?config\.(batch|layers|attention|cache_gib|max_rows|devices"
+    r"|loop\.(concurrency|retries)|(mesh|remote)\..*)"
+)
 Work = Callable[[Task, OnEvent], Result]
 
 
@@ -32,13 +38,27 @@ def check(out: Path, tasks: Sequence[Task], settings: Mapping[str, Any], resume:
     if held and not file.exists():
         raise FileExistsError(f"{out} is not empty and holds no drawings; choose another --out")
     if file.exists():
-        known, given = json.loads(file.read_text()), json.loads(json.dumps(dict(settings)))
-        other = sorted(key for key in {*known, *given} if known.get(key) != given.get(key))
+        known = _flat(json.loads(file.read_text()))
+        given = _flat(json.loads(json.dumps(dict(settings))))
+        other = sorted(
+            key
+            for key in {*known, *given}
+            if known.get(key) != given.get(key) and not _SPREAD.fullmatch(key)
+        )
         if other:
             lines = [f"{key}: {known.get(key)!r} there, {given.get(key)!r} given" for key in other]
             raise ValueError(f"{out} was drawn with other settings:\n" + "\n".join(lines))
     for task in tasks:
         folder.finished(out, task)
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of nested settings by their path, as flags name them."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        found |= {f"{name}.{rest}".rstrip("."): leaf for rest, leaf in inner.items()}
+    return found
 
 
 def draw(
@@ -53,6 +73,7 @@ def draw(
     """Draw all tasks that are not done yet, and write what comes of them as it comes.
 
     A task that failed has a folder that says why; it is drawn again when the run is gone on with.
+    After an error or an interrupt, what is under way is still drawn and written.
 
     Args:
       work: draws one; called in several threads.
@@ -70,18 +91,24 @@ def draw(
     left = [task for task in tasks if not folder.finished(out, task)]
     results: dict[str, Result] = {}
     page = out / folder.PAGE
+
+    def finish(task: Task) -> tuple[Result, Path]:
+        # written where it was drawn, so that an error or an interrupt elsewhere does not lose it
+        result = work(task, on_event)
+        return result, folder.write(out, result, settings)
+
     with ThreadPoolExecutor(concurrency, thread_name_prefix="task") as threads:
-        waiting = [threads.submit(work, task, on_event) for task in left]
+        waiting = [threads.submit(finish, task) for task in left]
         try:
             for future in as_completed(waiting):
-                result = future.result()
+                result, page = future.result()
                 results[result.task.id] = result
-                page = folder.write(out, result, settings)
         except BaseException:
             threads.shutdown(wait=False, cancel_futures=True)
             raise
+    index = folder.write_index(out, title, tasks, settings)
     if len(tasks) > 1:
-        page = folder.write_index(out, title, tasks, settings)
+        page = index
     elif not left:
         page = out / tasks[0].id / folder.PAGE
     return [results[task.id] for task in left], page

@@ -67,6 +67,12 @@ def test_a_prompt_is_rewritten_once():
     assert made.trajectory.goal == TASK.goal and made.tokens == 10
 
 
+def test_goals_that_no_record_can_hold_are_told_before_anything_is_drawn():
+    images = Images()
+    made = Single(images).run(Task("one", "a <think>"))
+    assert made.trajectory is None and "control token" in made.error and not images.orders
+
+
 def test_what_fails_is_tried_again():
     events = []
     vlm = Vlm(Overloaded("busy"), "neither", "B: x")

@@ -51,6 +51,21 @@ def test_what_ended_well_is_kept_without_what_led_nowhere(drawn, tmp_path, capsy
     assert "must end in .jsonl" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("look", [1, 2])
+def test_what_was_drawn_unseen_is_no_example(tmp_path, capsys, look):
+    """A conversation shows every picture; learnt from it, the model would claim to have seen."""
+    policy = Policy(text="instruction", references="chosen")
+    work = Loop(Vlm(GENERATE, edit(1), edit(2), STOP), Images(), policy, Budget(look=look)).run
+    run.draw(work, folder.tasks(["x"], [0]), tmp_path / "out", {}, "x", 1, lambda event: None)
+    given = ["prune", str(tmp_path / "out"), str(tmp_path / "a.jsonl")]
+    if look == 1:
+        assert data.main(given) == 0
+        return
+    with pytest.raises(SystemExit):
+        data.main(given)
+    assert "1 whose pictures the model did not all see" in capsys.readouterr().err
+
+
 def test_a_story_is_told_by_a_model(drawn):
     made = open_source(drawn / "trajectories.jsonl")[2]
     vlm = Vlm("one\n\n two\nthree\nfour\nend\n", "one\ntwo")

@@ -3,12 +3,15 @@
 import io
 import json
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from clvr_jax.backends.protocol import user
+from clvr_jax.backends.requests import CONTROL
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.data.conditioning import Policy
@@ -16,11 +19,10 @@ from clvr_jax.data.sources import open_source
 from clvr_jax.data.turns import Action
 from configs import generate as generate_config
 from configs import vlm as vlm_config
-from launch.drawing import command, folder, models, run
+from launch.drawing import command, folder, models, options, run
 from launch.drawing.show import Show
 from tests.backends.remote.chat_server import ChatServer
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
-from tests.launch.training import ROOT
 
 SETTINGS = {"mode": "loop", "weights": "abc"}
 OPENAI = {"sampling_extensions": False, "max_tokens_field": "max_completion_tokens"}
@@ -100,6 +102,35 @@ def test_a_broken_run_leaves_no_half_of_a_folder(tmp_path, monkeypatch):
     assert (out / tasks[0].id / "index.html").exists()
 
 
+def test_an_error_elsewhere_loses_nothing_that_was_under_way(tmp_path, monkeypatch):
+    out, tasks = tmp_path / "out", folder.tasks(["one", "two"], [0])
+    write, both = folder.write, threading.Barrier(2)
+
+    def full(out, result, about):
+        both.wait(5)
+        if result.task.goal == "one":
+            raise OSError("disk full")
+        time.sleep(0.2)
+        return write(out, result, about)
+
+    monkeypatch.setattr(folder, "write", full)
+    with pytest.raises(OSError, match="disk full"):
+        each = lambda task, tell: loop(Vlm(GENERATE, STOP))(task, tell)
+        run.draw(each, tasks, out, SETTINGS, "Two", 2, lambda event: None)
+    assert folder.finished(out, tasks[1]) and not (out / tasks[0].id).exists()
+
+
+def test_a_run_goes_on_with_other_devices_and_fewer_at_once(tmp_path):
+    out, tasks = tmp_path / "out", folder.tasks(["one"], [0])
+    config = {"steps": 4, "batch": 4, "loop": {"concurrency": 8, "look": 1}}
+    draw(loop(Vlm(GENERATE, STOP)), tasks, out, config=config)
+    fewer = {"steps": 4, "batch": 1, "loop": {"concurrency": 1, "look": 1}}
+    run.check(out, tasks, SETTINGS | {"config": fewer}, resume=True)
+    fewer["loop"]["look"] = 2
+    with pytest.raises(ValueError, match=r"settings:\nconfig.loop.look: 1 there, 2 given$"):
+        run.check(out, tasks, SETTINGS | {"config": fewer}, resume=True)
+
+
 def test_folders_of_other_runs_are_refused(tmp_path):
     out, tasks = tmp_path / "out", folder.tasks(["one"], [0])
     draw(loop(Vlm(GENERATE, STOP)), tasks, out)
@@ -149,23 +180,32 @@ def test_many_tasks_are_told_a_line_each():
     assert text.splitlines()[1].startswith("1/2 x: it failed: Failed: step 1 failed 1 times")
 
 
-def test_configs_become_budgets_and_options():
+def test_configs_become_budgets_and_options(tmp_path):
     config = generate_config.get_config()
-    assert command.budget_of(config) == Budget(8)
+    assert options.budget_of(config) == Budget(8)
     config.loop.update(seconds=2.5, evaluations=100, tokens=7, look=0)
-    assert command.budget_of(config) == Budget(8, 2.5, 100, 7, 0)
-    options = command.options_of(vlm_config.get_config("greedy"))
-    assert (options.temperature, options.max_tokens, options.seed) == (0.0, 1024, None)
+    assert options.budget_of(config) == Budget(8, 2.5, 100, 7, 0)
+    said = options.options_of(vlm_config.get_config("greedy"))
+    assert (said.temperature, said.max_tokens, said.seed) == (0.0, 1024, None)
     config.loop.system = "stock"
-    assert command.system_of(config).startswith("You direct an image model")
-    config.loop.system = str(ROOT / "README.md")
-    assert command.system_of(config).startswith("# ")
+    assert options.system_of(config, trained=True)[1].startswith("You direct an image model")
+    config.loop.system = "auto"
+    assert options.system_of(config, trained=False)[0] == "stock"
+    assert options.system_of(config, trained=True) == ("control", CONTROL)
+    own = tmp_path / "system.txt"
+    own.write_text("Draw.\n")
+    config.loop.system = str(own)
+    assert options.system_of(config, trained=True) == (str(own), "Draw.")
     config.loop.system = "nothing-there"
-    with pytest.raises(FileNotFoundError, match="choose control, stock, none or a file"):
-        command.system_of(config)
+    with pytest.raises(FileNotFoundError, match="choose auto, control, stock, none or a file"):
+        options.system_of(config, trained=True)
+    own.write_text("first <think>")
+    config.loop.system = str(own)
+    with pytest.raises(ValueError, match=r"system.txt contains <think>"):
+        options.system_of(config, trained=True)
     config.loop.constrain = "perhaps"
     with pytest.raises(ValueError, match="constrain is 'perhaps'"):
-        command.worker("loop", Vlm(), Images(), Policy(), Budget(), None, config, options)
+        command.worker("loop", Vlm(), Images(), Policy(), Budget(), None, config, said)
 
 
 def test_a_server_is_asked_as_the_config_says():
@@ -175,12 +215,31 @@ def test_a_server_is_asked_as_the_config_says():
             config = vlm_config.get_config("greedy")
             config.remote.update(api)
             vlm = models.remote(server.url, "toy", None, config)
-            vlm.start().ask([user("x")], command.options_of(config))
+            vlm.start().ask([user("x")], options.options_of(config))
             vlm.close()
             fields = {"max_tokens", "max_completion_tokens", "top_k"}
             assert server.bodies[-1].keys() & fields == expected
     finally:
         server.close()
+
+
+@pytest.mark.parametrize(
+    "mode, loop, words",
+    [
+        ("best_of", dict(best_of=0), "best_of is 0"),
+        ("best_of", dict(evaluations=8), "4 pictures take 16 evaluations, the budget is 8"),
+        ("one_shot", dict(evaluations=3), "1 pictures take 4 evaluations"),
+        ("rewrite", dict(seconds=1.0), "only --mode=loop keeps seconds"),
+        ("best_of", dict(tokens=9, look=2), "only --mode=loop keeps tokens, look"),
+    ],
+)
+def test_budgets_that_a_mode_cannot_keep_are_refused(mode, loop, words):
+    config = generate_config.get_config()
+    options.check_mode(mode, config, 4)
+    config.loop.update(loop)
+    options.check_mode("loop", config, 4)
+    with pytest.raises(ValueError, match=words):
+        options.check_mode(mode, config, 4)
 
 
 @pytest.mark.parametrize("sources", [("miniature", None), ("FOLDER", "teacher")])

@@ -24,7 +24,7 @@ def placed(target, weights="klein_4b", vlm="qwen3_vl_8b", **changes):
     found = placement.sized(weights)
     settings = models.settings_of(found, config)
     model = placement.sized_vlm(vlm) if vlm else None
-    return placement.place(found, model, settings, config, speaks, targets.parse(target))
+    return placement.place(found, model, settings, 3, config, speaks, targets.parse(target))
 
 
 def line(found, share, label):
@@ -53,8 +53,10 @@ def test_the_cache_takes_what_is_left_and_no_less_than_a_conversation():
     assert not tight.fits
     with pytest.raises(ValueError, match=r"do not fit(.|\n)*--config.loop.concurrency"):
         tight.require()
-    given = placed("h200x1", vlm_cache_gib=2.0)
-    assert given.cache == 2 * GIB
+    given = placed("h200x1", vlm_cache_gib=4.0)
+    assert given.cache == 4 * GIB
+    with pytest.raises(ValueError, match=r"cache_gib=2\.0 does not hold a conversation of 16384"):
+        placed("h200x1", vlm_cache_gib=2.0)
 
 
 def test_what_fits_can_be_loaded():

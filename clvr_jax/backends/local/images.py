@@ -60,7 +60,7 @@ class LocalImages:
         if not texts:
             raise ValueError("no text lengths; give those that the weights were trained with")
         self.name, self.texts = name, tuple(sorted(texts))
-        self.evaluations = settings.steps * (1 if settings.guidance == 1.0 else 2)
+        self.evaluations = settings.evaluations
         self._model, self._settings, self._batch, self._mesh = model, settings, batch, mesh
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._changed, self._closed = threading.Condition(), False
