@@ -9,7 +9,7 @@ from clvr_jax.miniature.held_out import is_clean
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
 from clvr_jax.miniature.scene import CELLS, KINDS, MOST, Scene, thing
 from clvr_jax.miniature.teacher.control import by_place
-from clvr_jax.miniature.teacher.plan import layout
+from clvr_jax.miniature.teacher.layout import layout
 
 
 class Painter:

@@ -137,7 +137,10 @@ def test_a_folder_of_single_files(tmp_path):
     toy.save(tmp_path / "f" / "flux-2-klein-4b.safetensors", toy.tensors("transformer", "bfl"))
     toy.save(tmp_path / "f" / "ae.safetensors", toy.tensors("vae", "bfl"))
     found = find(tmp_path / "f", base=find(tmp_path / "base"))
-    assert found.components.keys() == {"transformer", "vae"}
+    assert found.components.keys() == {"transformer", "vae"} and found.manifest == {}
+    write(tmp_path / "f" / "conditioning.json", {"text": "instruction"})
+    found = find(tmp_path / "f", base=find(tmp_path / "base"))
+    assert found.manifest == {"conditioning": {"text": "instruction"}}
     toy.save(tmp_path / "f" / "flux-2-klein-9b.safetensors", toy.tensors("transformer", "bfl"))
     with pytest.raises(ValueError, match=r"two files of one kind \(transformer\)"):
         find(tmp_path / "f", base=find(tmp_path / "base"))

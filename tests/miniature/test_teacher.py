@@ -188,6 +188,44 @@ def after(goal: str, *scenes: Scene, policy: Policy = POLICY):
     return parse(text, len(scenes) + 1)
 
 
+def test_a_prompt_is_asked_for_in_its_own_words_and_gone_through_one_by_one():
+    """So that what is said can be checked against the text, word by word."""
+    goal = "please draw a tiny red star, two rings and a cross. the star is above the cross"
+    turn = after(goal, policy=Policy(stepwise=0.0))
+    assert turn.action.prompt == goal
+    needed = "a small red star, two rings and a cross. The star is above the cross."
+    assert needed in turn.reasoning
+    ring, cross = BLUE._replace(cell=8), Thing(12, "cross", "black", "large")
+    turn = after(goal, Scene((RED, ring, cross)))
+    for line in ("A small red star: yes.", "Two rings: no, one is missing.", "A cross: yes."):
+        assert line in turn.reasoning
+    assert "The star is above the cross: yes." in turn.reasoning
+    right = after(goal, Scene((RED, ring, BLUE, cross)))
+    assert right.stop and right.reasoning.count(": yes.") == 4
+    low = after(goal, Scene((RED._replace(cell=13), ring, BLUE, cross._replace(cell=1))))
+    assert "The star is above the cross: no," in low.reasoning
+    more = after("a red star", Scene((RED, ring)))
+    assert "A red star: yes. The blue ring" in more.reasoning, "what is too much comes last"
+
+
+def test_what_is_left_for_later_is_the_end_of_the_list():
+    goal = "three stars, a ring and a cross. the ring is left of the cross"
+    first = after(goal, policy=Policy(stepwise=1.0)).action.prompt
+    assert first in ("three stars", "three stars and a ring")
+    assert after("five stars", policy=Policy(stepwise=1.0)).action.prompt in (
+        "three stars",
+        "four stars",
+    )
+
+
+def test_what_the_goal_leaves_open_is_left_open():
+    turn = after("a red star and a ring", Scene((RED,)))
+    becomes = parse_edit(turn.action.prompt).becomes
+    assert (becomes.shape, becomes.colour, becomes.size) == ("ring", None, None)
+    placed = after("a red star and a ring in the bottom row", Scene((RED,))).action.prompt
+    assert parse_edit(placed).becomes.place is not None
+
+
 def test_a_worse_picture_is_left_for_an_earlier_one():
     turn = after("a red star and a blue ring", Scene((RED,)), Scene((BLUE._replace(colour="red"),)))
     assert turn.action.references == (1,) and "<IMG_GEN_1>" in turn.reasoning

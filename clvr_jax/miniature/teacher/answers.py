@@ -18,7 +18,7 @@ from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.readings import Readings
 from clvr_jax.miniature.teacher import checks, control, language, looks
 from clvr_jax.miniature.teacher.control import Story
-from clvr_jax.miniature.teacher.plan import layout, plan
+from clvr_jax.miniature.teacher.layout import layout
 from clvr_jax.miniature.teacher.policy import Policy
 from clvr_jax.miniature.teacher.sight import Sight, see
 from clvr_jax.miniature.words import vary
@@ -43,7 +43,7 @@ def answer(said: Sequence[Message], readings: Sequence[Readings], policy: Policy
     rng = _rng(seed, heard, [reading.codes.tolist() for reading in readings])
     last = said[-1].text
     if heard[0] == ("system", CONTROL) and len(heard) > 1:
-        story = _story(heard[1][1], sights, seed)
+        story = _story(heard[1][1], sights)
         if requests.PROXY.match(last) is None:
             return control.turn(story, policy, rng)
         return _proxy(said[-2].text, sights, rng).line()
@@ -59,15 +59,14 @@ def _rng(*given: object) -> Rng:
     return np.random.default_rng(int.from_bytes(digest, "big"))
 
 
-def _story(goal: str, sights: Sights, seed: str) -> Story:
-    return Story(*_planned(goal, seed), tuple(sights))
+def _story(goal: str, sights: Sights) -> Story:
+    return Story(goal, _parsed(goal), tuple(sights))
 
 
 @functools.lru_cache(1024)
-def _planned(goal: str, seed: str) -> tuple[Goal, tuple[Group, ...]]:
-    """A goal and its plan, which depends on nothing else than the seed; asked for in every turn."""
-    wanted = parse_prompt(goal)
-    return wanted, plan(wanted, _rng(seed, goal))
+def _parsed(goal: str) -> Goal:
+    """A goal, which is asked for in every turn."""
+    return parse_prompt(goal)
 
 
 def _proxy(turn: str, sights: Sights, rng: Rng) -> Proxy:
@@ -126,7 +125,7 @@ def _narrate(sights: Sights, rng: Rng, seed: str, goal: str, steps: str) -> str:
         raise ValueError(
             f"a story needs one line of action a picture, got {len(sights)} pictures and {steps!r}"
         )
-    story = _story(goal, sights, seed)
+    story = _story(goal, sights)
     told = [control.tell(story.upto(n), action, rng) for n, action in enumerate(actions)]
     return "\n".join([*told, control.closing(story, rng)])
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from clvr_jax.data.turns import MARKER, Action, Turn, marker
-from clvr_jax.miniature import edits, prompts
+from clvr_jax.miniature import edits
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.edits import Edit
 from clvr_jax.miniature.goal import Goal, Group
@@ -26,13 +26,13 @@ class Story(NamedTuple):
     """A goal and what was drawn for it so far.
 
     Attributes:
-      goal: what is wanted.
-      plan: a layout for it, always the same for the same goal.
+      text: what is wanted, in the user's words.
+      goal: the same as data.
       sights: the pictures.
     """
 
+    text: str
     goal: Goal
-    plan: tuple[Group, ...]
     sights: tuple[Sight, ...] = ()
 
     @property
@@ -75,16 +75,16 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
     complicated = goal.count >= policy.complicated
     if not sights:
         stepwise = complicated and rng.random() < policy.stepwise
-        return _generate(story, int(rng.integers(1, 4)) if stepwise else 0, rng)
+        return _generate(story, int(rng.integers(1, 4)) if stepwise else 0)
     badness = story.badness
     best = _best(badness)
     hopeless = not sights[best].tidy or len(sights[best].faults(goal)) > policy.hopeless
     vain = len(sights) - 1 - badness.index(min(badness))  # pictures since one was better than all
     if hopeless or (vain and vain % policy.patience == 0):
-        return _generate(story, goal.count // 2 if complicated else 0, rng)
-    found = changes(goal, sights[best], story.plan, rng)
+        return _generate(story, goal.count // 2 if complicated else 0)
+    found = changes(goal, sights[best], rng)
     if not found:
-        return _generate(story, 0, rng)
+        return _generate(story, 0)
     edit = found[vain % len(found)]  # not the same again at once, unless equals are shuffled so
     if edit.kind == "add" and rng.random() < policy.bring:
         brought = _bring(story, best, edit)
@@ -96,12 +96,24 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
     return Action(kind="edit", prompt=edits.write(edit, rng), references=(best + 1,))
 
 
-def _generate(story: Story, later: int, rng: Rng) -> Action:
-    """Draw from nothing: all in other words, or the plan without its last things (half at most)."""
-    goal = story.goal
+def _generate(story: Story, later: int) -> Action:
+    """Draw from nothing: all in the user's words, or without the last things (half at most)."""
+    count = story.goal.count
+    text = story.text
     if later:
-        goal = Goal(story.plan[: goal.count - min(later, goal.count // 2)])
-    return Action(kind="generate", prompt=prompts.write(goal, rng))
+        text = ". ".join(language.listed(_first(story.goal, count - min(later, count // 2))))
+    return Action(kind="generate", prompt=text)
+
+
+def _first(goal: Goal, count: int) -> Goal:
+    """The first so many things of a goal, and the relations between them."""
+    groups: list[Group] = []
+    for group in goal.groups:
+        left = count - sum(taken.count for taken in groups)
+        if left:
+            groups.append(group._replace(count=min(group.count, left)))
+    within = lambda relation: max(relation.first, relation.second) < len(groups)
+    return Goal(tuple(groups), tuple(filter(within, goal.relations)))
 
 
 def _bring(story: Story, best: int, add: Edit) -> tuple[int, Edit] | None:
@@ -125,31 +137,31 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
     if not story.sights:
         return _opening(story, action, rng)
     last, base = len(story.sights), action.references[-1] if action.references else None
-    parts = [*_judge(story, rng), _see(story, rng)]
+    parts = [*_judge(story, rng), _see(story, rng), *_check(story, rng)]
     if base is None:
-        return sentence(*parts, *_wrong(story, last, rng), vary(rng, language.ANEW))
+        return sentence(*parts, vary(rng, language.ANEW))
     if base < last:
-        parts.append(vary(rng, language.BACK).format(image=marker(base)))
+        parts += [vary(rng, language.BACK).format(image=marker(base)), _wrong(story, base, rng)]
     order = action.prompt.rstrip(".")
     order = (order[0].lower() + order[1:]).removeprefix("please ")
     act = vary(rng, language.ACT).format(edit=order) + vary(rng, language.KEEP)
-    return sentence(*parts, *_wrong(story, base, rng), act)
+    return sentence(*parts, act)
 
 
 def closing(story: Story, rng: Rng) -> str:
     """Return the last narrative."""
-    faults = [vary(rng, language.DONE)] if story.done else _wrong(story, len(story.sights), rng)
-    return sentence(*_judge(story, rng), _see(story, rng), *faults, vary(rng, language.STOP))
+    done = [vary(rng, language.DONE)] if story.done else []
+    parts = [*_judge(story, rng), _see(story, rng), *_check(story, rng), *done]
+    return sentence(*parts, vary(rng, language.STOP))
 
 
 def _opening(story: Story, action: Action, rng: Rng) -> str:
-    count = vary(rng, language.COUNT).format(things=language.several(story.goal.count))
+    things, *relations = language.listed(story.goal)
+    need = [vary(rng, language.NEED).format(things=things), *relations]
     drawn = parse_prompt(action.prompt).count
     if drawn == story.goal.count:
-        return sentence(count, vary(rng, language.WHOLE))
-    places = enumerate_words([language.some(rng, group) for group in story.plan])
-    plan = vary(rng, language.PLAN).format(things=places)
-    return sentence(count, plan, vary(rng, language.BEGIN).format(some=language.several(drawn)))
+        return sentence(*need, vary(rng, language.WHOLE))
+    return sentence(*need, vary(rng, language.BEGIN).format(some=language.several(drawn)))
 
 
 def _judge(story: Story, rng: Rng) -> list[str]:
@@ -168,15 +180,13 @@ def _see(story: Story, rng: Rng) -> str:
     return f"{vary(rng, language.SEE)} {language.inventory(rng, story.sights[-1].scene)}"
 
 
-def _wrong(story: Story, number: int, rng: Rng) -> list[str]:
-    """Say how much of picture `number` is right, and what is wrong."""
-    goal, sight = story.goal, story.sights[number - 1]
-    faults = sight.faults(goal)
-    bad = {fault.thing for fault in faults}
-    right = sum(thing not in bad for thing in goal.assign(sight.scene).things if thing)
-    count = vary(rng, language.SOME_RIGHT).format(
-        right=language.number(right), all=language.number(goal.count)
-    )
-    said = [clause for _, clause in language.wrong(rng, goal, sight)]
+def _check(story: Story, rng: Rng) -> list[str]:
+    """Go through all that is needed, one by one."""
+    return language.checked(rng, story.goal, story.sights[-1])
+
+
+def _wrong(story: Story, number: int, rng: Rng) -> str:
+    """Say what is wrong with picture `number`."""
+    said = [clause for _, clause in language.wrong(rng, story.goal, story.sights[number - 1])]
     more = f", {vary(rng, language.MORE)}" if len(said) > _SAID else ""
-    return [count, enumerate_words(said[:_SAID]) + more]
+    return enumerate_words(said[:_SAID]) + more

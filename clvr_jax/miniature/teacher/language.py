@@ -3,16 +3,20 @@
 from collections import Counter
 
 from clvr_jax.miniature.chance import Rng, pick
-from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group
+from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
 from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.references import say
 from clvr_jax.miniature.scene import Scene, Thing
+from clvr_jax.miniature.sentences import names
 from clvr_jax.miniature.teacher.changes import mark
 from clvr_jax.miniature.teacher.sight import Sight
 from clvr_jax.miniature.words import (
+    ANYTHING,
     NUMBERS,
+    PLURALS,
     article,
     enumerate_words,
+    kind_name,
     kind_words,
     noun_phrase,
     place_phrase,
@@ -25,7 +29,6 @@ NOTHING = ("nothing", "nothing at all")
 WORKED = ("that worked", "the last change worked", "good, this is better")
 SAME = ("that did not help", "the last change did not work")
 WORSE = ("that made it worse", "the last change did harm")
-SOME_RIGHT = ("{right} of {all} are right", "so far {right} of {all} are right")
 MISSING = ("{group} is missing", "{group} is not there")
 MISSING_SOME = ("{group} are missing", "{group} are not there")
 WRONG = {
@@ -44,8 +47,7 @@ KEEP = ("", " and keep the rest", " and keep all else as it is")
 BACK = ("{image} was better, so I go back to it", "I go back to {image}, it was better")
 ANEW = ("I draw a new picture", "it is better to draw it anew", "I begin again with a new picture")
 WHOLE = ("I draw all of it at once", "I draw it in one picture", "I try all at once")
-COUNT = ("I need {things}", "the picture needs {things}", "I have to draw {things}")
-PLAN = ("I plan the places first: {things}", "this is my plan: {things}")
+NEED = ("I need {things}", "the picture needs {things}", "I have to draw {things}")
 BEGIN = ("I begin with {some}, the rest comes later", "first I draw {some} and later the rest")
 DONE = ("all is right", "this is what was asked for", "nothing is missing and nothing is wrong")
 STOP = ("I stop here", "I am done", "so I stop")
@@ -91,6 +93,52 @@ def some(rng: Rng, group: Group) -> str:
     """Return "two red stars in the top row"."""
     words = noun_phrase(rng, *group[:4])
     return f"{words} {place_phrase(rng, group.place)}" if group.place else words
+
+
+def usual(group: Group) -> str:
+    """Return what a group asks for, always in the same words: "two small stars in the top row"."""
+    shape = group.shape or "thing"
+    noun = {**PLURALS, **ANYTHING}[shape] if group.count > 1 else shape
+    kind = " ".join(part for part in (group.size, group.colour, noun) if part)
+    what = f"{NUMBERS[group.count - 1]} {kind}" if group.count > 1 else article(kind)
+    return f"{what} in the {group.place}" if group.place else what
+
+
+def usual_relation(goal: Goal, relation: Relation) -> str:
+    """Return "the star is left of the red ring", always in the same words."""
+    ends = [kind_name(*names(goal.groups, i)[0]) for i in (relation.first, relation.second)]
+    return f"the {ends[0]} is {relation.word} the {ends[1]}"
+
+
+def listed(goal: Goal) -> list[str]:
+    """Return all that a goal asks for as clauses: its things in their order, then its relations."""
+    things = enumerate_words([usual(group) for group in goal.groups])
+    return [things, *(usual_relation(goal, relation) for relation in goal.relations)]
+
+
+def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
+    """Return of every group and relation whether it is as it should be, then what is wrong beside.
+
+    As `listed` has them: "a red star: yes", "two rings: no, one is missing".
+    """
+    of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
+    for fault in sight.faults(goal):
+        of.setdefault((fault.group, fault.relation), []).append(fault)
+    asked = {(i, None): usual(group) for i, group in enumerate(goal.groups)}
+    asked |= {(r.first, r): usual_relation(goal, r) for r in goal.relations}
+    said = []
+    for key, words in asked.items():
+        faults = of.pop(key, [])
+        missing = [fault for fault in faults if fault.kind == "missing"]
+        if missing:
+            count = "it" if goal.groups[key[0]].count == 1 else number(len(missing))
+            why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
+        elif faults:
+            why = _wrong(rng, goal, sight.scene, [f for f in faults if f.thing == faults[0].thing])
+        said.append(f"{words}: no, {why}" if faults else f"{words}: yes")
+    beside = [f for faults in of.values() for f in faults]
+    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
+    return said + [vary(rng, UNTIDY)] * (not sight.tidy)
 
 
 def number(count: int) -> str:

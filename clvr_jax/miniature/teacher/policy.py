@@ -8,8 +8,8 @@ class Policy:
     """What is for the user of the teacher to choose.
 
     Attributes:
-      stepwise: share of the complicated prompts that are planned over several steps; the others
-        are asked for whole at first, in other words.
+      stepwise: share of the complicated prompts of which only the first things are drawn at first;
+        the others are asked for whole, as the user says them.
       complicated: things from which on a prompt is complicated.
       hopeless: a picture with more faults than this is drawn anew.
       patience: every so many pictures that are no better than an earlier one, all is drawn anew.
