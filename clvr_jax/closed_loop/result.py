@@ -75,3 +75,25 @@ def answer_within(trajectory: Trajectory, pictures: int) -> int:
     later = [step.action.references for step in steps[1 : pictures + 1] if step.action]
     bases = [references[-1] for references in later if references]
     return bases[-1] if bases else pictures
+
+
+def spent_within(trajectory: Trajectory, pictures: int) -> dict[str, int | float]:
+    """Return the evaluations, tokens and seconds that the loop had taken, had it drawn no more.
+
+    As with `answer_within`, the turn behind the last picture was still written. Seconds are those
+    of thinking and drawing.
+
+    Args:
+      trajectory: of the loop.
+      pictures: budget, at least 1.
+    """
+    drawn = [step.metadata for step in trajectory.steps[:pictures]]
+    after = [step.metadata for step in trajectory.steps[pictures : pictures + 1]]
+    metadata = trajectory.metadata
+    after = after or [metadata.get("closing", metadata.get("unfinished", {}))]
+    total = lambda name, *parts: sum(part.get(name, 0) for some in parts for part in some)
+    return {
+        "evaluations": total("evaluations", drawn),
+        "tokens": total("tokens", drawn, after),
+        "seconds": total("think_s", drawn, after) + total("draw_s", drawn),
+    }

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.closed_loop.budget import MOST_GENERATIONS
-from clvr_jax.closed_loop.result import answer_within
+from clvr_jax.closed_loop.result import answer_within, spent_within
 from clvr_jax.data.trajectory import Trajectory
 from clvr_jax.miniature import detect_eval, scores
 from clvr_jax.miniature.held_out import Split
@@ -27,6 +27,7 @@ from clvr_jax.statistics import holm, mcnemar, paired_difference, rate, rate_of
 from launch.drawing.folder import RESULT, TRAJECTORY
 
 Key = tuple[str, int]  # prompt and seed
+SPENT = ("evaluations", "tokens", "seconds")
 
 
 class Drawing(NamedTuple):
@@ -38,6 +39,7 @@ class Drawing(NamedTuple):
       outcome: why it ended.
       seconds, evaluations, tokens: what it took.
       within: index of the answer, had the budget been 1, 2, ... pictures; of loops only.
+      spent: what had been spent then.
     """
 
     passed: tuple[bool, ...]
@@ -47,6 +49,7 @@ class Drawing(NamedTuple):
     evaluations: int
     tokens: int
     within: tuple[int, ...] = ()
+    spent: tuple[dict[str, int | float], ...] = ()
 
     @property
     def right(self) -> bool:
@@ -64,20 +67,21 @@ def read(folder: Path) -> dict[Key, Drawing]:
     records = []
     for file in sorted(folder.glob(f"*/{RESULT}")):
         known, beside = json.loads(file.read_text()), file.with_name(TRAJECTORY)
-        pictures, within = [], ()
+        pictures, within, spent = [], (), ()
         if beside.exists():
             trajectory = Trajectory.model_validate_json(beside.read_text())
             pictures = [_picture(file.with_name(step.image)) for step in trajectory.steps]
             if trajectory.metadata.get("mode") == "loop":
                 budgets = range(1, MOST_GENERATIONS + 1)
                 within = tuple(answer_within(trajectory, n) - 1 for n in budgets)
-        records.append((known, pictures, within))
+                spent = tuple(spent_within(trajectory, n) for n in budgets)
+        records.append((known, pictures, within, spent))
     if not records:
         raise FileNotFoundError(f"{folder} holds no drawings of launch.generate")
-    shown = [picture for _, pictures, _ in records for picture in pictures]
+    shown = [picture for _, pictures, *_ in records for picture in pictures]
     readings = detect_eval.detect(np.stack(shown)) if shown else None
     found, at = {}, 0
-    for known, pictures, within in records:
+    for known, pictures, within, spent in records:
         goal = parse_prompt(known["goal"])
         passed = tuple(scores.judge(goal, readings, at + i).passed for i in range(len(pictures)))
         at += len(pictures)
@@ -89,6 +93,7 @@ def read(folder: Path) -> dict[Key, Drawing]:
             known["evaluations"],
             known["tokens"],
             within,
+            spent,
         )
     return found
 
@@ -189,13 +194,17 @@ def _manner(row: Sequence[Drawing]) -> dict[str, Any]:
 
 
 def _budgets(row: Sequence[Drawing]) -> dict[str, Any]:
-    """What a loop would have passed, and drawn, had its budget been 1, 2, ... pictures."""
+    """What a loop would have passed, drawn and spent, had its budget been 1, 2, ... pictures."""
     if not any(d.within for d in row):
         return {}
     return {
         str(n): {
             "passed": rate(bool(d.within) and d.passed[d.within[n - 1]] for d in row),
             "pictures": float(np.mean([min(n, len(d.passed)) for d in row])),
+            **{
+                name: float(np.mean([d.spent[n - 1][name] if d.spent else 0.0 for d in row]))
+                for name in SPENT
+            },
         }
         for n in range(1, MOST_GENERATIONS + 1)
     }

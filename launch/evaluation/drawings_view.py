@@ -52,11 +52,15 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     ]
     for name, arm in arms.items():
         if arm["budgets"]:
-            rows = [(n, b["passed"], f"{b['pictures']:.2f}") for n, b in arm["budgets"].items()]
+            rows = [
+                (n, b["passed"], *(f"{b[cost]:.4g}" for cost in _COSTS))
+                for n, b in arm["budgets"].items()
+            ]
             note = (
-                "One run tells of all: under a smaller budget a loop does the same until its end."
+                "One run tells of all: under a smaller budget a loop does the same until its end. "
+                "Costs are means of a prompt; seconds those of thinking and drawing."
             )
-            head = ("pictures at most", "passed", "drawn, mean")
+            head = ("pictures at most", "passed", *_COSTS)
             found.append(Table(f"{name} under smaller budgets", head, rows, note))
     if report["differences"]:
         apart = report["differences"].items()

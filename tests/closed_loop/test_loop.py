@@ -18,7 +18,7 @@ from clvr_jax.backends.protocol import (
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.closed_loop.loop import HIDDEN
-from clvr_jax.closed_loop.result import answer_within
+from clvr_jax.closed_loop.result import answer_within, spent_within
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.trajectory import Trajectory
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
@@ -166,9 +166,11 @@ def test_one_run_tells_of_all_smaller_budgets():
     assert len(whole.steps) == 7 and whole.outcome == "stopped"
     answers = []
     for pictures in range(1, 9):
-        made = loop(Vlm(*script), budget=Budget(generations=pictures)).run(TASK).trajectory
-        answers.append(made.final)
-        assert answer_within(whole, pictures) == made.final
+        made = loop(Vlm(*script), budget=Budget(generations=pictures)).run(TASK)
+        answers.append(made.trajectory.final)
+        assert answer_within(whole, pictures) == answers[-1]
+        spent = spent_within(whole, pictures)
+        assert (spent["evaluations"], spent["tokens"]) == (made.evaluations, made.tokens)
     assert answers == [1, 1, 3, 3, 3, 6, 7, 7]
 
 

@@ -49,7 +49,12 @@ def write(out, pictures, made):
     for number, (goal, (passes, outcome)) in enumerate(made.items()):
         task = Task(f"{number:04d}-x-0", goal)
         steps = tuple(
-            Step(reasoning="so", action=Action(kind="generate", prompt=goal), image=f"{n}.png")
+            Step(
+                reasoning="so",
+                action=Action(kind="generate", prompt=goal),
+                image=f"{n}.png",
+                metadata={"evaluations": 4},
+            )
             for n in range(1, len(passes) + 1)
         )
         given = dict(id=task.id, goal=goal, steps=steps, outcome=outcome)
@@ -91,6 +96,7 @@ def test_answers_are_judged_and_compared(arms):
     assert report["differences"]["single"]["all"].value == pytest.approx(1 / 3)
     assert report["differences"]["single"]["p_holm"] == 1.0
     assert [loop["budgets"][n]["passed"].passed for n in "128"] == [2, 2, 2]
+    assert loop["budgets"]["1"]["evaluations"] < loop["budgets"]["2"]["evaluations"]
     assert loop["budgets"]["1"]["pictures"] == 1.0 and single["budgets"] == {}
     assert sum(rate.trials for g, rate in loop["groups"].items() if g.startswith("tier")) == 3
     assert (loop["groups"]["colour"].trials, loop["groups"]["other"].trials) == (1, 2)
