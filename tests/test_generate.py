@@ -57,10 +57,25 @@ def test_a_second_call_of_the_same_shapes_compiles_nothing(model, pattern):
     assert compiles() > before  # the count does count
 
 
-def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model):
+def latents_of(monkeypatch):
+    """The latents of every call from now on, as they go into the decoder."""
+    found, decode = [], generation.decode
+
+    def listen(nets, params, latents):
+        found.append(np.asarray(latents))
+        return decode(nets, params, latents)
+
+    monkeypatch.setattr(generation, "decode", listen)
+    return found
+
+
+def test_a_picture_depends_on_its_own_prompt_and_seed_alone(model, monkeypatch):
+    latents = latents_of(monkeypatch)
     batch = generate(model, ["a", "b c"], [], [3, 4], SMALL)
     assert batch.shape == (2, 2, 64, 48, 3) and batch.dtype == np.uint8
     alone = generate(model, ["b c"], [], [4], SMALL)
+    together, by_itself = latents[0][3], latents[1][0]
+    assert np.abs(together - by_itself).max() <= 1e-5 * np.abs(by_itself).max()
     assert np.abs(batch[1, 1].astype(int) - alone[0, 0]).max() <= 1
     other = generate(model, ["b c"], [], [5], SMALL)
     assert np.abs(batch[1, 1].astype(int) - other[0, 0]).mean() > 5
