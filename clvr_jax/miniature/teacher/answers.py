@@ -65,8 +65,14 @@ def _story(goal: str, sights: Sights) -> Story:
 
 @functools.lru_cache(1024)
 def _parsed(goal: str) -> Goal:
-    """A goal, which is asked for in every turn."""
-    return parse_prompt(goal)
+    """A goal, which is asked for in every turn.
+
+    Raises:
+      ValueError: it is about other things than this world's, or contradicts itself.
+    """
+    wanted = parse_prompt(goal)
+    layout(wanted, _rng(goal))
+    return wanted
 
 
 def _proxy(turn: str, sights: Sights, rng: Rng) -> Proxy:
@@ -89,7 +95,7 @@ def _proxy(turn: str, sights: Sights, rng: Rng) -> Proxy:
 
 
 # how each request is answered: from the pictures, by chance (the same for the same conversation),
-# the seed of plans, and the request's fields
+# the seed of layouts, and the request's fields
 
 
 def _checklist(sights: Sights, rng: Rng, seed: str, goal: str) -> str:

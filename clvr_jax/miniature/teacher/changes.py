@@ -30,7 +30,7 @@ def mark(scene: Scene, thing: Thing) -> Description:
 def changes(goal: Goal, sight: Sight, rng: Rng) -> list[Edit]:
     """Return the edits that bring a picture nearer to the goal, the best first.
 
-    What the goal leaves open, they leave open.
+    Colours, sizes and, mostly, places that the goal leaves open are left open in what is added.
 
     Args:
       goal: what is wanted.

@@ -19,7 +19,7 @@ from clvr_jax.miniature.teacher.sight import Sight
 from clvr_jax.miniature.words import enumerate_words, vary
 
 _IMAGE = re.compile(r"image (\d)")  # what edits call a reference, by its place
-_SAID = 3  # most faults that are told; a picture with more is a mess anyway
+_SAID = 3  # most faults that are told of a picture that is gone back to
 
 
 class Story(NamedTuple):
@@ -43,11 +43,6 @@ class Story(NamedTuple):
     def upto(self, count: int) -> "Story":
         """Return the story when it had so many pictures."""
         return self._replace(sights=self.sights[:count])
-
-    @property
-    def best(self) -> int:
-        """Index of the picture nearest to the goal, the later one of equals."""
-        return _best(self.badness)
 
     @property
     def badness(self) -> list[float]:

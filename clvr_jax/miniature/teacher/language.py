@@ -97,35 +97,47 @@ def some(rng: Rng, group: Group) -> str:
 
 def usual(group: Group) -> str:
     """Return what a group asks for, always in the same words: "two small stars in the top row"."""
-    shape = group.shape or "thing"
-    noun = {**PLURALS, **ANYTHING}[shape] if group.count > 1 else shape
-    kind = " ".join(part for part in (group.size, group.colour, noun) if part)
+    noun = {**PLURALS, **ANYTHING}[group.shape or "thing"] if group.count > 1 else group.shape
+    kind = kind_name(noun, group.colour, group.size)
     what = f"{NUMBERS[group.count - 1]} {kind}" if group.count > 1 else article(kind)
     return f"{what} in the {group.place}" if group.place else what
 
 
 def usual_relation(goal: Goal, relation: Relation) -> str:
-    """Return "the star is left of the red ring", always in the same words."""
-    ends = [kind_name(*names(goal.groups, i)[0]) for i in (relation.first, relation.second)]
-    return f"the {ends[0]} is {relation.word} the {ends[1]}"
+    """Return "the star is left of the red ring", always in the same words.
+
+    Raises:
+      ValueError: no words tell its things from others.
+    """
+    found = [names(goal.groups, i) for i in (relation.first, relation.second)]
+    if not all(found):
+        raise ValueError(f"no words tell the things of {relation} from others in {goal}")
+    first, second = (kind_name(*name[0]) for name in found)
+    return f"the {first} is {relation.word} the {second}"
 
 
 def listed(goal: Goal) -> list[str]:
     """Return all that a goal asks for as clauses: its things in their order, then its relations."""
-    things = enumerate_words([usual(group) for group in goal.groups])
+    things = enumerate_words([usual(group) for group in goal.groups] or [NOTHING[0]])
     return [things, *(usual_relation(goal, relation) for relation in goal.relations)]
 
 
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return of every group and relation whether it is as it should be, then what is wrong beside.
 
-    As `listed` has them: "a red star: yes", "two rings: no, one is missing".
+    As `listed` has them: "a red star: yes", "two rings: no, one is missing". Of what is missing,
+    no relation can be told.
     """
+    served = dict(zip(*goal.assign(sight.scene)[:2], strict=True))
     of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
     for fault in sight.faults(goal):
         of.setdefault((fault.group, fault.relation), []).append(fault)
     asked = {(i, None): usual(group) for i, group in enumerate(goal.groups)}
-    asked |= {(r.first, r): usual_relation(goal, r) for r in goal.relations}
+    asked |= {
+        (r.first, r): usual_relation(goal, r)
+        for r in goal.relations
+        if served[r.first] and served[r.second]
+    }
     said = []
     for key, words in asked.items():
         faults = of.pop(key, [])
@@ -134,7 +146,9 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
             count = "it" if goal.groups[key[0]].count == 1 else number(len(missing))
             why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
         elif faults:
-            why = _wrong(rng, goal, sight.scene, [f for f in faults if f.thing == faults[0].thing])
+            thing, looks = faults[0].thing, faults[0].kind in ATTRIBUTES
+            same = [f for f in faults if f.thing == thing and (f.kind in ATTRIBUTES) == looks]
+            why = _wrong(rng, goal, sight.scene, same)
         said.append(f"{words}: no, {why}" if faults else f"{words}: yes")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
