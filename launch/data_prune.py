@@ -56,6 +56,8 @@ def looker(source: str | None, verify: bool) -> Iterator[Look | None]:
 class Pruned:
     """Trajectories that ended by the model's own decision, without steps that led nowhere.
 
+    Those with pictures that the model did not look at are left out.
+
     Args:
       trajectories: as they were drawn.
       longest: steps, after pruning; longer ones are left out.

@@ -1,8 +1,10 @@
-"""The closed loop: think, draw, look, and again, until the model stops or the budget is spent.
+"""The closed loop: think, draw, look, and again, until the model stops or there is no going on.
 
 The paper's section on inference: at step t the vision-language model has the goal and all that it
 said and saw; it writes why, and an action. The image model draws under the condition that
 `clvr_jax.data.conditioning` makes of both.
+
+It ends otherwise when the budget is spent, or when the conversation fills the model's context.
 
 Which picture is the answer: the last one that the model accepted. It accepts a picture by
 stopping at it, and by going on from it (the last reference of an edit); if it never did either,
@@ -39,8 +41,6 @@ from clvr_jax.data.turns import Turn
 HIDDEN = "The picture is drawn. It is not shown now; go on as you planned."
 AGAIN = "That could not be used: {why}. Answer again."
 _CUT = "it was longer than {tokens} tokens; be shorter"
-
-
 _GRACE = 1.0  # seconds in which a turn that is cut can say how much it has written
 
 
@@ -166,7 +166,11 @@ class _Run:
         said: Sequence[Message] = [*opening, user(self._task.goal)]
         while True:
             self._step = {}
-            turn = self._think(said)
+            began = time.monotonic()
+            try:
+                turn = self._think(said)
+            finally:
+                self._step["think_s"] = round(time.monotonic() - began, 4)
             self._judge(turn)
             if turn.action is None:
                 self._closing = turn.reasoning
@@ -188,7 +192,7 @@ class _Run:
 
     def _think(self, said: Sequence[Message]) -> Turn:
         """The next turn."""
-        began, number = time.monotonic(), len(self._steps) + 1
+        number = len(self._steps) + 1
         for attempt in range(self._loop.retries + 1):
             self._require(self._spent.forbids_turn())
             options = self._options(number, attempt)
@@ -221,7 +225,6 @@ class _Run:
                 except ValueError as error:
                     why = str(error)
                 else:
-                    self._step["think_s"] = round(time.monotonic() - began, 4)
                     self._tell(Acted(self._task.id, number, turn.reasoning, turn.action))
                     return turn
             self._again(why, attempt)

@@ -93,7 +93,7 @@ def spent_within(trajectory: Trajectory, pictures: int) -> dict[str, int | float
     after = after or [metadata.get("closing", metadata.get("unfinished", {}))]
     total = lambda name, *parts: sum(part.get(name, 0) for some in parts for part in some)
     return {
-        "evaluations": total("evaluations", drawn),
+        "evaluations": total("evaluations", drawn, after if pictures > len(drawn) else []),
         "tokens": total("tokens", drawn, after),
         "seconds": total("think_s", drawn, after) + total("draw_s", drawn),
     }

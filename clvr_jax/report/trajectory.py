@@ -89,7 +89,7 @@ def trajectory_page(
         closing=_named(trajectory.closing),
         unfinished=_unfinished(unfinished),
         retries=[*unfinished.get("retries", []), *closing.get("retries", [])],
-        last=_cost(unfinished or closing),
+        last=_cost(unfinished or closing),  # of every turn that came after the last picture
         facts=list(facts.items()),
     )
 

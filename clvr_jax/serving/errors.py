@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from clvr_jax.backends.protocol import Closed, InvalidRequest, Overloaded
+from clvr_jax.backends.protocol import Closed, InvalidRequest, Overloaded, TooLong
 
 LOG = logging.getLogger("clvr_jax.serving")
 
@@ -56,6 +56,8 @@ def error_of(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         text = error.detail if isinstance(error.detail, str) else repr(error.detail)
         return ApiError(error.status_code, text, headers=error.headers)
+    if isinstance(error, TooLong):
+        return invalid(str(error), code="context_length_exceeded")
     if isinstance(error, InvalidRequest):
         return invalid(str(error))
     if isinstance(error, Closed):

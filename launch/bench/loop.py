@@ -25,7 +25,7 @@ from launch.bench.timing import measure
 from launch.drawing.options import options_of
 from launch.runtime import compile_seconds
 
-_GOAL = "two blue cups left of a red book on a round table of dark wood, a window behind it, "
+_GOAL = "two blue cups left of a red book on a round table of dark wood, a window behind it"
 _WARM = 4  # most runs before those that are timed
 _ROOM = 2048  # tokens of a conversation beside pictures and what is written
 

@@ -14,6 +14,7 @@ from clvr_jax.closed_loop.baselines import BestOf, Rewrite, Single
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.trajectory import check_goal
 from conversion.components import Component
+from conversion.detect import SHIPPED
 from conversion.sources import fingerprint
 from launch import build, build_vlm
 from launch.drawing import folder, models, placement
@@ -74,7 +75,8 @@ def draw(
     sized = placement.sized(sources.weights) if dry_run else None
     weights = sized or build.inspect_weights(sources.weights, sources.transformer)
     policy, budget = models.policy_of(weights), budget_of(config)
-    named, system = system_of(config, trained="conditioning" in weights.found.manifest)
+    ours = sources.vlm == models.TEACHER or sources.vlm in SHIPPED
+    named, system = system_of(config, ours or "conditioning" in weights.found.manifest)
     settings = models.settings_of(weights, config)
     check_mode(mode, config, settings.evaluations)
     speaker, references = None, references_of(policy, budget) if mode == "loop" else 0
@@ -105,6 +107,8 @@ def draw(
     check(out, tasks, about, resume)
     found.require()
     say(found.table())
+    if mode == "loop":
+        say(f"the language model is told its part by the system message {named!r}")
     vlm = None
     if sources.server:
         vlm = models.remote(sources.server, sources.name, sources.key_env, vlm_config)

@@ -7,7 +7,6 @@ import clvr_jax
 from clvr_jax.backends.protocol import Options
 from clvr_jax.backends.requests import CONTROL
 from clvr_jax.closed_loop import Budget
-from clvr_jax.closed_loop.budget import MOST_GENERATIONS
 from clvr_jax.closed_loop.turn import MOST_REFERENCES
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.turns import plain
@@ -49,10 +48,11 @@ def check_mode(mode: str, config: Any, evaluations: int) -> None:
     if given.best_of < 1:
         raise ValueError(f"best_of is {given.best_of}; it counts pictures, give 1 at least")
     pictures = given.best_of if mode == "best_of" else 1
-    if 0 <= given.evaluations < pictures * evaluations:
+    if pictures > given.generations or 0 <= given.evaluations < pictures * evaluations:
         raise ValueError(
-            f"{pictures} pictures take {pictures * evaluations} evaluations, the budget is "
-            f"{given.evaluations}; give more, or a smaller --config.loop.best_of"
+            f"--mode={mode} draws {pictures} pictures, which take {pictures * evaluations} "
+            f"evaluations; the budget is {given.generations} pictures and {given.evaluations} "
+            "evaluations (-1: any number)"
         )
 
 
@@ -61,7 +61,7 @@ def system_of(config: Any, trained: bool) -> tuple[str, str | None]:
 
     Args:
       config: of configs/generate.py.
-      trained: whether the image model's weights were trained for the loop.
+      trained: whether one of the models was made for the loop, as far as that is known.
 
     Raises:
       FileNotFoundError: it is neither a known name nor a file.
@@ -98,5 +98,6 @@ def options_of(config: Any) -> Options:
 
 def references_of(policy: Policy, budget: Budget) -> int:
     """Return the most pictures that the image model may be given in a loop."""
-    most = {"all": MOST_GENERATIONS, "last_k": policy.last_k, "chosen": MOST_REFERENCES}
-    return min(most[policy.references], budget.generations - 1)
+    before = budget.generations - 1
+    most = {"all": before, "last_k": policy.last_k, "chosen": MOST_REFERENCES}
+    return min(most[policy.references], before)

@@ -13,10 +13,11 @@ from launch.drawing import folder
 from launch.pictures import write_text
 
 SETTINGS = "settings.json"
-# parts of the configs that say how work is spread, not what is drawn
+# parts of the configs that say how work is spread, not what is drawn; what the system message is
+# stands beside them
 _SPREAD = re.compile(
-    r"(vlm_)?config\.(batch|layers|attention|cache_gib|max_rows|devices"
-    r"|loop\.(concurrency|retries)|(mesh|remote)\..*)"
+    r"(vlm_)?config\.(batch|layers|attention|cache_gib|max_rows|devices|loop\.concurrency|mesh\..*"
+    r"|loop\.system|remote\.(timeout|max_in_flight|cache|transcript))"
 )
 Work = Callable[[Task, OnEvent], Result]
 

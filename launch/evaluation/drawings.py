@@ -202,7 +202,10 @@ def _budgets(row: Sequence[Drawing]) -> dict[str, Any]:
             "passed": rate(bool(d.within) and d.passed[d.within[n - 1]] for d in row),
             "pictures": float(np.mean([min(n, len(d.passed)) for d in row])),
             **{
-                name: float(np.mean([d.spent[n - 1][name] if d.spent else 0.0 for d in row]))
+                # one that failed before its first picture has spent what it has spent
+                name: float(
+                    np.mean([d.spent[n - 1][name] if d.spent else getattr(d, name) for d in row])
+                )
                 for name in SPENT
             },
         }

@@ -122,6 +122,7 @@ def test_a_turn_is_cut_when_its_seconds_are_over():
     made = loop(vlm, budget=Budget(seconds=0.3)).run(TASK)
     assert made.trajectory.outcome == "seconds" and 0.3 <= made.seconds < 5
     assert made.tokens == 13, "what it had written was paid for"
+    assert made.trajectory.metadata["unfinished"]["think_s"] > 0.1
 
 
 def test_waiting_for_a_failing_model_ends_with_the_budget():
@@ -230,6 +231,8 @@ def test_no_budget_for_another_try_is_a_budget_that_is_used_up():
     made = loop(Vlm(GENERATE, edit(1), STOP), images, Budget(evaluations=8)).run(TASK)
     assert made.trajectory.outcome == "evaluations" and made.error is None
     assert made.trajectory.metadata["unfinished"]["retries"] == ["NotFinite: no numbers"]
+    assert spent_within(made.trajectory, 8)["evaluations"] == made.evaluations == 8
+    assert spent_within(made.trajectory, 1)["evaluations"] == 4
 
 
 def test_what_keeps_failing_loses_nothing_that_was_drawn():

@@ -227,8 +227,13 @@ def test_a_server_is_asked_as_the_config_says():
     "mode, loop, words",
     [
         ("best_of", dict(best_of=0), "best_of is 0"),
-        ("best_of", dict(evaluations=8), "4 pictures take 16 evaluations, the budget is 8"),
-        ("one_shot", dict(evaluations=3), "1 pictures take 4 evaluations"),
+        (
+            "best_of",
+            dict(evaluations=8),
+            "draws 4 pictures, which take 16 evaluations; the budget is 8 pictures and 8",
+        ),
+        ("one_shot", dict(evaluations=3), "draws 1 pictures, which take 4 evaluations"),
+        ("best_of", dict(generations=2), "the budget is 2 pictures and -1"),
         ("rewrite", dict(seconds=1.0), "only --mode=loop keeps seconds"),
         ("best_of", dict(tokens=9, look=2), "only --mode=loop keeps tokens, look"),
     ],

@@ -14,6 +14,7 @@ from clvr_jax.backends.protocol import (
     Reply,
     Times,
     TokenLogprob,
+    TooLong,
     Usage,
 )
 
@@ -113,7 +114,7 @@ class FakeSession:
         if command == "break":
             raise RuntimeError("submit broke")
         if command == "too-long":
-            raise InvalidRequest("the conversation has 5000 tokens; the context holds 4096")
+            raise TooLong("the conversation has 5000 tokens; the context holds 4096")
         if command == "overloaded":
             raise Overloaded("16 turns are running already")
         if command in ("prepare", "prepare-hang"):

@@ -92,6 +92,11 @@ def test_wrong_fields_are_named(server, fields, param, message):
         assert answer.error["param"] == param and param in answer.error["message"]
 
 
+def test_a_conversation_that_is_too_long_has_the_code_that_clients_know(server):
+    answer = server.post(GOOD | {"messages": talk("too-long")})
+    assert answer.error["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     "body,message",
     [

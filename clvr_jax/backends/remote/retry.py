@@ -4,6 +4,7 @@ import dataclasses
 import email.utils
 import logging
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,12 +12,15 @@ from typing import Literal, TypeVar
 
 import openai
 
-from clvr_jax.backends.protocol import InvalidRequest, Usage
+from clvr_jax.backends.protocol import InvalidRequest, TooLong, Usage
 from clvr_jax.backends.remote.config import RemoteConfig
 from clvr_jax.backends.remote.errors import Cancelled, RemoteError
 from clvr_jax.backends.remote.limits import Clock, Pause
 
 T = TypeVar("T")
+Verdict = Literal["retry", "too long", "refuse", "give up"]
+# what vLLM and SGLang say; OpenAI's own API and launch.serve have a code for it
+_TOO_LONG = re.compile(r"(maximum|model's) context (length|window)", re.IGNORECASE)
 logger = logging.getLogger(__name__)
 
 
@@ -46,13 +50,14 @@ class Failure:
 
     Attributes:
       message: in words, the endpoint's own where it gave some.
-      verdict: whether to try again, to refuse the request, or to give up although it is fine.
+      verdict: whether to try again, to refuse the request (for its length, or otherwise), or to
+        give up although it is fine.
       status: HTTP status; None without an HTTP answer or with one that says success.
       after: seconds that the endpoint asks to wait.
     """
 
     message: str
-    verdict: Literal["retry", "refuse", "give up"]
+    verdict: Verdict
     status: int | None = None
     after: float | None = None
 
@@ -64,13 +69,14 @@ def diagnose(error: Exception) -> Failure | None:
     if isinstance(error, openai.APIStatusError):
         message = f"HTTP {error.status_code}: {_words(error)}"
         after = retry_after(error.response.headers, time.time())
-        return Failure(message, _verdict(error.status_code, error.code), error.status_code, after)
+        verdict = _verdict(error.status_code, error.code, message)
+        return Failure(message, verdict, error.status_code, after)
     if isinstance(error, openai.APIConnectionError):
         return Failure(reason_of(error), "retry")
     if isinstance(error, openai.APIError):  # an error inside a stream that began with success
         code = error.code or ""
         status = int(code) if code.isdecimal() else None
-        verdict = _verdict(status, code) if status else "retry"
+        verdict = _verdict(status, code, error.message) if status else "retry"
         return Failure(f"error in the stream: {error.message}", verdict, status)
     return None
 
@@ -103,10 +109,13 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-def _verdict(status: int, code: str | None) -> Literal["retry", "refuse", "give up"]:
+def _verdict(status: int, code: str | None, message: str) -> Verdict:
     if code == "insufficient_quota":  # OpenAI's 429 for an empty account
         return "give up"
-    return "retry" if status in (408, 409, 429) or status >= 500 else "refuse"
+    if status in (408, 409, 429) or status >= 500:
+        return "retry"
+    too_long = code == "context_length_exceeded" or _TOO_LONG.search(message)
+    return "too long" if too_long else "refuse"
 
 
 def _words(error: openai.APIStatusError) -> str:
@@ -180,8 +189,9 @@ class Retries:
         c = self._config
         # some servers repeat the key that they refuse
         what = failure.message.replace(self._key, "<key>") if c.key_env else failure.message
-        if failure.verdict == "refuse":
-            raise InvalidRequest(f"{c.model} at {c.base_url} refused the request. {what}")
+        if failure.verdict in ("refuse", "too long"):
+            kind = TooLong if failure.verdict == "too long" else InvalidRequest
+            raise kind(f"{c.model} at {c.base_url} refused the request. {what}")
         backoff = min(c.max_delay, c.first_delay * 2 ** (number - 1)) * (0.5 + self._draw() / 2)
         delay = max(backoff, failure.after or 0.0)
         passed = self._clock() - begin

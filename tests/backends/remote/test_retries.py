@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from clvr_jax.backends.protocol import InvalidRequest, user
+from clvr_jax.backends.protocol import InvalidRequest, TooLong, user
 from clvr_jax.backends.remote import RemoteError
 from clvr_jax.backends.remote.retry import retry_after
 from tests.backends.remote.chat_server import (
@@ -98,6 +98,26 @@ def test_refused_requests_are_not_repeated(server, connect, status):
     with pytest.raises(InvalidRequest, match=f"HTTP {status}: context of 4096 tokens exceeded"):
         vlm.start().ask(ASK)
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize(
+    "message, code",
+    [
+        ("This model's maximum context length is 4096 tokens. However, you requested 5000", None),
+        ("5000 tokens are longer than the model's context length (4096 tokens)", None),
+        ("shorten it", "context_length_exceeded"),
+    ],
+)
+def test_a_conversation_that_fills_the_context_is_told_from_other_refusals(
+    server, connect, message, code
+):
+    server.default = fail(400, message, code=code)
+    with pytest.raises(TooLong):
+        connect().start().ask(ASK)
+    server.default = fail(400, "temperature: not supported in this context")
+    with pytest.raises(InvalidRequest) as caught:
+        connect().start().ask(ASK)
+    assert type(caught.value) is InvalidRequest
 
 
 def test_an_empty_account_is_not_asked_again(server, connect):
