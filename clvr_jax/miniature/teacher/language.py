@@ -1,7 +1,5 @@
 """The teacher's own language: everything it says beside prompts and edits."""
 
-from collections import Counter
-
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
 from clvr_jax.miniature.places import CELL_NAMES
@@ -123,12 +121,14 @@ def listed(goal: Goal) -> list[str]:
 
 
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
-    """Return of every group and relation whether it is as it should be, then what is wrong beside.
+    """Return of every group and relation what is there for it and whether that is right.
 
-    As `listed` has them: "a red star: yes", "two rings: no, one is missing". Of what is missing,
-    no relation can be told.
+    As `listed` has them: "a star: a small red star, yes", "two rings: a large blue ring, no, one is
+    missing"; then what is wrong beside. Where places count, they are said. Of what is missing, no
+    relation can be told.
     """
-    served = dict(zip(*goal.assign(sight.scene)[:2], strict=True))
+    slots, things, _ = goal.assign(sight.scene)
+    served = dict(zip(slots, things, strict=True))
     of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
     for fault in sight.faults(goal):
         of.setdefault((fault.group, fault.relation), []).append(fault)
@@ -140,16 +140,24 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     }
     said = []
     for key, words in asked.items():
+        index, relation = key
+        if relation:
+            ends = (served[relation.first], served[relation.second])
+            there = [f"in the {CELL_NAMES[thing.cell]}" for thing in ends]
+        else:
+            mine = [t for slot, t in zip(slots, things, strict=True) if slot == index and t]
+            there = [thing_words(t, goal.groups[index].place is not None) for t in mine]
+        words += f": {enumerate_words(there)}," if there else ":"
         faults = of.pop(key, [])
         missing = [fault for fault in faults if fault.kind == "missing"]
         if missing:
-            count = "it" if goal.groups[key[0]].count == 1 else number(len(missing))
+            count = "it" if goal.groups[index].count == 1 else number(len(missing))
             why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
         elif faults:
             thing, looks = faults[0].thing, faults[0].kind in ATTRIBUTES
             same = [f for f in faults if f.thing == thing and (f.kind in ATTRIBUTES) == looks]
             why = _wrong(rng, goal, sight.scene, same)
-        said.append(f"{words}: no, {why}" if faults else f"{words}: yes")
+        said.append(f"{words} no, {why}" if faults else f"{words} yes")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
@@ -165,10 +173,15 @@ def several(count: int) -> str:
     return f"{number(count)} thing{'s' * (count != 1)}"
 
 
+def thing_words(thing: Thing, placed: bool = False) -> str:
+    """Return "a small red star", with its cell if asked for, always in the same words."""
+    words = article(kind_name(thing.shape, thing.colour, thing.size))
+    return f"{words} in the {CELL_NAMES[thing.cell]}" if placed else words
+
+
 def inventory(rng: Rng, scene: Scene) -> str:
-    """Return "a red star and two blue rings": what is there, in order, without sizes and places."""
-    counts = Counter((thing.shape, thing.colour) for thing in scene.things)
-    items = [noun_phrase(rng, count, *kind) for kind, count in counts.items()]
+    """Return "a small red star and a large blue ring": what is there, in the order of the cells."""
+    items = [thing_words(thing) for thing in scene.things]
     return enumerate_words(items) if items else pick(rng, NOTHING)
 
 
