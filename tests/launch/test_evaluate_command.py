@@ -17,7 +17,7 @@ from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.prompts import KINDS
 from clvr_jax.miniature.readings import read
 from clvr_jax.miniature.scene import Scene, from_codes
-from clvr_jax.miniature.teacher.plan import layout
+from clvr_jax.miniature.teacher.layout import layout
 from clvr_jax.statistics import rate
 from launch import evaluate
 from launch.evaluation import miniature, page, view

@@ -17,8 +17,8 @@ from clvr_jax.miniature.prompts import KINDS
 from clvr_jax.miniature.readings import certain
 from clvr_jax.miniature.scene import from_codes
 from clvr_jax.miniature.teacher import Policy, Teacher
+from clvr_jax.miniature.teacher.layout import layout
 from clvr_jax.miniature.teacher.looks import read_inventory
-from clvr_jax.miniature.teacher.plan import layout
 from clvr_jax.statistics import rate_of
 from launch import build_vlm
 from launch.evaluation import page, reading, view

@@ -22,6 +22,7 @@ from clvr_jax.backends.protocol import (
     Overloaded,
     Score,
     Session,
+    TooLong,
 )
 from clvr_jax.generate import text
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig

@@ -1,4 +1,4 @@
-"""How the teacher plans, and when it gives a picture up."""
+"""How the teacher works, and when it gives a picture up."""
 
 import dataclasses
 

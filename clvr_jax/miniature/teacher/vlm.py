@@ -50,7 +50,7 @@ class Teacher:
 
         Args:
           seed: of its choices and wordings.
-          policy: how it plans and when it gives a picture up.
+          policy: how it works and when it gives a picture up.
           read: a detector; called with one picture at a time, so that it is compiled once.
         """
         self.seed, self.policy, self._read = seed, policy, read
