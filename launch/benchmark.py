@@ -10,6 +10,7 @@ python -m launch.benchmark train_vlm --model=qwen3_vl_8b --lora=64 --dry_run=h20
 import argparse
 import os
 import sys
+from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -167,28 +168,31 @@ def _size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def _image(options: argparse.Namespace) -> int:
+def _image_case(options: argparse.Namespace, rounding: str = "none", **shapes: int) -> Any:
+    """What is measured of klein, as the options of two subjects have it."""
     from clvr_jax.generate.image import Settings
-    from launch.bench import image, machine, startup, table
+    from launch.bench import image
 
     height, width = options.size or ((256,) * 2 if options.model in ("mid", "toy") else (1024,) * 2)
-    case = image.Case(
-        model=options.model,
-        settings=Settings(
-            height=height,
-            width=width,
-            steps=options.steps,
-            guidance=options.guidance,
-            text_tokens=options.text_tokens,
-            pattern=options.pattern,
-            # what the peer does to t, so that the pictures can be compared
-            rounding="diffusers" if options.peer and options.dtype == "bfloat16" else "none",
-        ),
-        references=options.references,
-        batch=options.batch,
-        dtype=options.dtype,
-        scan=options.layers == "scan",
+    settings = Settings(
+        height=height,
+        width=width,
+        steps=options.steps,
+        guidance=options.guidance,
+        text_tokens=options.text_tokens,
+        pattern=options.pattern,
+        rounding=rounding,
     )
+    scan = options.layers == "scan"
+    return image.Case(options.model, settings, dtype=options.dtype, scan=scan, **shapes)
+
+
+def _image(options: argparse.Namespace) -> int:
+    from launch.bench import image, machine, startup, table
+
+    # what the peer does to t, so that the pictures can be compared
+    rounding = "diffusers" if options.peer and options.dtype == "bfloat16" else "none"
+    case = _image_case(options, rounding, references=options.references, batch=options.batch)
     # before this process takes the device: a fresh one needs it
     started = {"startup": startup.measure(case)} if options.startup else {}
     environment = machine.environment("launch.benchmark")
@@ -222,8 +226,7 @@ def _text(options: argparse.Namespace) -> int:
 
 def _loop(options: argparse.Namespace) -> int:
     from clvr_jax.closed_loop.budget import MOST_GENERATIONS
-    from clvr_jax.generate.image import Settings
-    from launch.bench import image, loop, machine
+    from launch.bench import loop, machine
 
     wrong = [n for n in options.generations if not 1 <= n <= MOST_GENERATIONS]
     least = min(options.together, options.repeat, options.tokens, options.verdict)
@@ -232,26 +235,15 @@ def _loop(options: argparse.Namespace) -> int:
             f"generations {options.generations}: expected 1 to {MOST_GENERATIONS}; tokens, "
             "verdict, together and repeat are 1 at least"
         )
-    height, width = options.size or ((256,) * 2 if options.model in ("mid", "toy") else (1024,) * 2)
+    images = _image_case(options)
+    height, width = images.settings.height, images.settings.width
     if height % 32 or width % 32 or height * width > 1024**2:
         raise ValueError(
             f"size {height}x{width}: give multiples of 32 and at most 1024x1024 pixels, which "
             "neither model resizes"
         )
     case = loop.Case(
-        images=image.Case(
-            model=options.model,
-            settings=Settings(
-                height=height,
-                width=width,
-                steps=options.steps,
-                guidance=options.guidance,
-                text_tokens=options.text_tokens,
-                pattern=options.pattern,
-            ),
-            dtype=options.dtype,
-            scan=options.layers == "scan",
-        ),
+        images=images,
         vlm=options.vlm,
         generations=tuple(options.generations),
         tokens=options.tokens,

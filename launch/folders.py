@@ -1,6 +1,7 @@
 """Models written in the layouts of released ones: diffusers' pipelines, transformers' folders."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -55,6 +56,28 @@ INDEX = {
     "transformer": ["diffusers", "Flux2Transformer2DModel"],
     "vae": ["diffusers", "AutoencoderKLFlux2"],
 }
+
+
+def with_picture_tokens(config: Any, tokenizer: Any) -> Any:
+    """Return a Qwen3-VL's config with the numbers that a tokenizer has for pictures."""
+    number = tokenizer.convert_tokens_to_ids
+    return dataclasses.replace(
+        config,
+        image_token=number("<|image_pad|>"),
+        video_token=number("<|video_pad|>"),
+        vision_start=number("<|vision_start|>"),
+        vision_end=number("<|vision_end|>"),
+    )
+
+
+def preprocessor(vision: Any, least: int, most: int) -> dict[str, Any]:
+    """Return preprocessor_config.json for a vision tower; pictures are resized to these pixels."""
+    return PREPROCESSOR | {
+        "patch_size": vision.patch,
+        "merge_size": vision.merge,
+        "temporal_patch_size": vision.temporal_patch,
+        "size": {"shortest_edge": least, "longest_edge": most},
+    }
 
 
 def write_pipeline(

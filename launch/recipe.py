@@ -13,10 +13,10 @@ from typing import Any
 from launch import fresh
 from launch.folders import (
     CHAT_TEMPLATE,
-    PREPROCESSOR,
     SEEING,
     VLM_TEMPLATE,
     aside,
+    preprocessor,
     write_component,
     write_model,
     write_pipeline,
@@ -132,14 +132,9 @@ class Recipe:
         words.chat_template = VLM_TEMPLATE
         vision = config.vision
         side = vision.patch * vision.merge
-        sizes = {
-            "patch_size": vision.patch,
-            "merge_size": vision.merge,
-            "temporal_patch_size": vision.temporal_patch,
-            "size": {"shortest_edge": side**2, "longest_edge": (16 * side) ** 2},
-        }
+        reads = preprocessor(vision, side**2, (16 * side) ** 2)
         with aside(folder) as partial:
-            write_model(partial, config, tree, words, PREPROCESSOR | sizes)
+            write_model(partial, config, tree, words, reads)
 
     def vlm(self, folder: Path) -> None:
         """Train the Qwen3-VL, and write it."""

@@ -21,6 +21,7 @@ from launch.folders import (
     SPECIAL,
     VLM_TEMPLATE,
     aside,
+    with_picture_tokens,
     write_model,
     write_pipeline,
 )
@@ -79,18 +80,10 @@ def write_vlm(out: Path, seed: int = 0, **sizes: Any) -> None:
     from clvr_jax.tree import flatten, unflatten
 
     tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE)
-    special = lambda token: tokenizer.convert_tokens_to_ids(token)
     tiny = config.VARIANTS["tiny"]
     text = dataclasses.replace(tiny.text, **sizes)
-    cfg = dataclasses.replace(
-        tiny,
-        text=text,
-        vision=dataclasses.replace(tiny.vision, out_width=text.width),
-        image_token=special("<|image_pad|>"),
-        video_token=special("<|video_pad|>"),
-        vision_start=special("<|vision_start|>"),
-        vision_end=special("<|vision_end|>"),
-    )
+    vision = dataclasses.replace(tiny.vision, out_width=text.width)
+    cfg = with_picture_tokens(dataclasses.replace(tiny, text=text, vision=vision), tokenizer)
     rng = np.random.default_rng(seed)
     layered = lambda path: path.startswith(tuple(f"{root}/" for root in config.STACKED))
     tree = unflatten(

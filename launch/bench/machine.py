@@ -8,6 +8,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def environment(module: str) -> dict[str, Any]:
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
     }
+
+
+def versions(environment: Mapping[str, Any]) -> str:
+    """Return the packages of an environment as words: "jax 0.10.2, flax 0.12.8"."""
+    return ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
 
 
 def limits(dtype) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from clvr_jax.models.qwen3_vl.processor import Processor
 from clvr_jax.typing import Params
 from launch import build_vlm
 from launch.bench.weights import random_params
-from launch.folders import PREPROCESSOR, SEEING, VLM_TEMPLATE
+from launch.folders import SEEING, VLM_TEMPLATE, preprocessor, with_picture_tokens
 from launch.toy import byte_tokenizer
 
 
@@ -125,14 +125,7 @@ def build(cfg: Qwen3VLConfig, dtype: Any, **limits: Any) -> LocalVlm:
       limits: of `LocalVlm`.
     """
     tokenizer = byte_tokenizer(SEEING, VLM_TEMPLATE, words(cfg.text.vocab - 256 - len(SEEING)))
-    number = tokenizer.convert_tokens_to_ids
-    cfg = dataclasses.replace(
-        cfg,
-        image_token=number("<|image_pad|>"),
-        video_token=number("<|video_pad|>"),
-        vision_start=number("<|vision_start|>"),
-        vision_end=number("<|vision_end|>"),
-    )
+    cfg = with_picture_tokens(cfg, tokenizer)
     stops = (tokenizer.eos_token_id, tokenizer.pad_token_id)
     params = random_params(model.abstract_params(cfg, jnp.dtype(dtype)), 0, config.STACKED)
     params = _endless(params, stops, cfg.text.tied)
@@ -168,12 +161,6 @@ def _images(cfg: Qwen3VLConfig) -> Any:
     """What takes pictures as they are, if their sides are multiples of a cell's."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    fields = PREPROCESSOR | {"size": {"shortest_edge": 4096, "longest_edge": 4096**2}}
+    fields = preprocessor(cfg.vision, 4096, 4096**2)
     del fields["image_processor_type"]
-    vision = cfg.vision
-    fields |= {
-        "patch_size": vision.patch,
-        "temporal_patch_size": vision.temporal_patch,
-        "merge_size": vision.merge,
-    }
     return Qwen2VLImageProcessorPil(**fields)

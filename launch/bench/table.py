@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench import machine
+
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print an image report."""
@@ -18,8 +20,9 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         f"layers {'scanned' if case['scan'] else 'unrolled'}",
         highlight=False,
     )
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    console.print(f"{env['device']}, driver {env['driver']}, {versions}", highlight=False)
+    console.print(
+        f"{env['device']}, driver {env['driver']}, {machine.versions(env)}", highlight=False
+    )
     table = Table(caption=f"limit {limit['limit_tflops']:.3g} TFLOP/s: {limit['limit_is']}")
     table.add_column("part")
     for name in ("compile s", "median ms", "min ms", "TFLOP", "TFLOP/s", "of limit"):

@@ -237,8 +237,7 @@ def show(report: dict[str, Any]) -> None:
         f"{case['prompt']}, second turn {case['turn']}, picture {case['picture']}",
         highlight=False,
     )
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    console.print(f"{env['device']}, {env['processor']}, {versions}", highlight=False)
+    console.print(f"{env['device']}, {env['processor']}, {machine.versions(env)}", highlight=False)
     table = Table(
         caption=f"limits {limit['limit_tflops']:.3g} TFLOP/s ({limit['limit_is']}), "
         f"{limit['limit_gb_s']:.4g} GB/s ({limit['bandwidth_is']})"

@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench import machine
+
 
 def show(report: dict[str, Any], console: Console | None = None) -> None:
     """Print a training report."""
@@ -17,8 +19,7 @@ def show(report: dict[str, Any], console: Console | None = None) -> None:
         else f"{title(case)}: {report['parameters']:,} parameters and {report['trained']:,} of "
         "adapters"
     )
-    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    say(f"{env['devices']} x {env['device']}, {env['processor']}, {versions}")
+    say(f"{env['devices']} x {env['device']}, {env['processor']}, {machine.versions(env)}")
     unit = "images" if case["subject"] == "image" else "tokens"
     table = Table(caption=f"MFU of {limit['limit_tflops']:.3g} TFLOP/s: {limit['limit_is']}")
     table.add_column("who")

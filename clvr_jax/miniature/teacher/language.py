@@ -1,5 +1,7 @@
 """The teacher's own language: everything it says beside prompts and edits."""
 
+from collections.abc import Sequence
+
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
 from clvr_jax.miniature.places import CELL_NAMES
@@ -154,9 +156,7 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
             count = "it" if goal.groups[index].count == 1 else number(len(missing))
             why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
         elif faults:
-            thing, looks = faults[0].thing, faults[0].kind in ATTRIBUTES
-            same = [f for f in faults if f.thing == thing and (f.kind in ATTRIBUTES) == looks]
-            why = _wrong(rng, goal, sight.scene, same)
+            why = _wrong(rng, goal, sight.scene, _together(faults)[0])
         said.append(f"{words} no, {why}" if faults else f"{words} yes")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
@@ -191,15 +191,20 @@ def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
     Missing things of one group are said together, and so is all that is wrong with the looks of
     one thing.
     """
-    together: dict[tuple, list[Fault]] = {}
-    for fault in sight.faults(goal):
-        what = "looks" if fault.kind in ATTRIBUTES else fault.kind
-        together.setdefault((what, *fault[1:]), []).append(fault)
     said = []
-    for faults in together.values():
+    for faults in _together(sight.faults(goal)):
         kinds = dict.fromkeys(fault.kind for fault in faults)
         said.append((" and ".join(kinds), _wrong(rng, goal, sight.scene, faults)))
     return said + [("unclear", vary(rng, UNTIDY))] * (not sight.tidy)
+
+
+def _together(faults: Sequence[Fault]) -> list[list[Fault]]:
+    """Put together what is told in one clause: see `wrong`."""
+    found: dict[tuple, list[Fault]] = {}
+    for fault in faults:
+        what = "looks" if fault.kind in ATTRIBUTES else fault.kind
+        found.setdefault((what, *fault[1:]), []).append(fault)
+    return list(found.values())
 
 
 def _wrong(rng: Rng, goal: Goal, scene: Scene, faults: list[Fault]) -> str:
