@@ -30,15 +30,16 @@ class Single:
 
     Attributes:
       images: draws.
+      evaluations: that it may take, attempts that fail among them; None is no limit.
     """
 
     images: ImageGenerator
+    evaluations: int | None = None
 
     def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
         """Draw what a task asks for; whatever fails is part of the result."""
-        return _Baseline("single", self.images, None, task, on_event).result(
-            lambda own: own.draw([task.goal], "I draw it as it is asked for.")
-        )
+        own = _Baseline("single", self.images, None, self.evaluations, task, on_event)
+        return own.result(lambda own: own.draw([task.goal], "I draw it as it is asked for."))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +54,21 @@ class BestOf:
       vlm: chooses.
       count: pictures.
       options: of its answers.
+      evaluations: that all of them may take; what fails where none are left is not chosen from.
     """
 
     images: ImageGenerator
     vlm: Vlm
     count: int
     options: Options = Options(max_tokens=128)
+    evaluations: int | None = None
 
     def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
         """Draw what a task asks for; whatever fails is part of the result."""
 
         def work(own: "_Baseline") -> None:
             own.draw([task.goal] * self.count, "I draw it as it is asked for, in another way.")
-            for other in range(1, self.count):
+            for other in range(1, len(own.pictures)):
                 best = own.final - 1
                 asked = requests.CHOOSE.message(
                     own.pictures[best], own.pictures[other], goal=task.goal
@@ -74,7 +77,8 @@ class BestOf:
                 if said == "B":
                     own.final = other + 1
 
-        return _Baseline("best_of", self.images, self.vlm, task, on_event).result(work)
+        own = _Baseline("best_of", self.images, self.vlm, self.evaluations, task, on_event)
+        return own.result(work)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +89,13 @@ class Rewrite:
       images: draws.
       vlm: rewrites.
       options: of its answers.
+      evaluations: that it may take, attempts that fail among them; None is no limit.
     """
 
     images: ImageGenerator
     vlm: Vlm
     options: Options = Options(max_tokens=512)
+    evaluations: int | None = None
 
     def run(self, task: Task, on_event: OnEvent = ignore) -> Result:
         """Draw what a task asks for; whatever fails is part of the result."""
@@ -99,7 +105,8 @@ class Rewrite:
             text = own.ask(asked, self.options, _words, "rewrite")
             own.draw([text], "I draw it as I have written it out.")
 
-        return _Baseline("rewrite", self.images, self.vlm, task, on_event).result(work)
+        own = _Baseline("rewrite", self.images, self.vlm, self.evaluations, task, on_event)
+        return own.result(work)
 
 
 def _words(reply: str) -> str:
@@ -118,12 +125,20 @@ class _Baseline:
     """
 
     def __init__(
-        self, mode: str, images: ImageGenerator, vlm: Vlm | None, task: Task, on_event: OnEvent
+        self,
+        mode: str,
+        images: ImageGenerator,
+        vlm: Vlm | None,
+        limit: int | None,
+        task: Task,
+        on_event: OnEvent,
     ):
         self._mode, self._images, self._vlm, self._task = mode, images, vlm, task
-        self._tell = on_event
+        self._limit, self._tell = limit, on_event
         self._steps: list[Step] = []
         self._evaluations = self._tokens = 0
+        self._ordered = 0  # pictures that are not drawn yet
+        self._left_out: list[str] = []  # why, for each picture that could not be drawn
         self.pictures: list[Image.Image] = []
         self.final = 1
 
@@ -148,16 +163,29 @@ class _Baseline:
         return result
 
     def draw(self, texts: Sequence[str], reasoning: str) -> None:
-        """Draw a picture for each text, all at once."""
+        """Draw a picture for each text, all at once.
+
+        One that fails when the limit leaves no room for another attempt is left out, if there are
+        others.
+        """
         began = time.monotonic()
         seed = lambda number: lambda attempt: self._task.draw("picture", number, attempt)
         waiting = [
             Drawing(self._images, Order(text), seed(number)) for number, text in enumerate(texts, 1)
         ]
-        for number, (text, drawing) in enumerate(zip(texts, waiting, strict=True), 1):
-            drawn, came_of = drawing.result(self._failed)
+        self._ordered = len(texts)
+        for text, drawing in zip(texts, waiting, strict=True):
+            self._ordered -= 1
+            try:
+                drawn, came_of = drawing.result(self._failed)
+            except NotFinite as error:
+                if not self._ordered and not self.pictures:
+                    raise
+                self._left_out.append(f"{type(error).__name__}: {error}")
+                continue
             seconds = time.monotonic() - began
             self.pictures.append(drawn.picture)
+            number = len(self.pictures)
             self._evaluations += drawn.evaluations
             metadata = {
                 "draw_s": round(seconds, 4),
@@ -195,7 +223,11 @@ class _Baseline:
 
     def _failed(self, error: Exception, attempt: int) -> None:
         if isinstance(error, NotFinite):  # it was computed to its end
-            self._evaluations += self._images.evaluations
+            cost = self._images.evaluations
+            self._evaluations += cost
+            needed = self._evaluations + (self._ordered + 1) * cost
+            if self._limit is not None and needed > self._limit:
+                raise error
         if attempt == RETRIES:
             raise error
         why = f"{type(error).__name__}: {error}"
@@ -206,11 +238,13 @@ class _Baseline:
         if self._vlm is not None:
             models["vlm"] = self._vlm.name
         metadata = {"mode": self._mode, "seed": self._task.seed, "models": models}
+        metadata |= {"left_out": self._left_out} if self._left_out else {}
+        metadata |= {"error": error} if error else {}
         return Trajectory(
             id=self._task.id,
             goal=self._task.goal,
             steps=tuple(self._steps),
             outcome="failed" if error else None,
             final=self.final,
-            metadata=metadata | ({"error": error} if error else {}),
+            metadata=metadata,
         )

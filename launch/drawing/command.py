@@ -168,11 +168,11 @@ def worker(
       ValueError: constrain is unknown.
     """
     if mode == "one_shot":
-        return Single(images)
+        return Single(images, budget.evaluations)
     if mode == "best_of":
-        return BestOf(images, vlm, config.loop.best_of, options)
+        return BestOf(images, vlm, config.loop.best_of, options, budget.evaluations)
     if mode == "rewrite":
-        return Rewrite(images, vlm, options)
+        return Rewrite(images, vlm, options, budget.evaluations)
     known = {"always": True, "never": False, "auto": isinstance(vlm, LocalVlm)}
     if config.loop.constrain not in known:
         raise ValueError(f"constrain is {config.loop.constrain!r}; choose from {', '.join(known)}")

@@ -93,3 +93,20 @@ def test_what_keeps_failing_keeps_what_was_drawn():
     assert made.trajectory.outcome == "failed" and made.answer is not None
     refused = Rewrite(Images(), Vlm(InvalidRequest("too long"), "a star")).run(TASK)
     assert refused.error == "InvalidRequest: too long" and refused.trajectory is None
+
+
+def test_what_fails_at_the_limit_of_evaluations_is_left_out():
+    """Equal evaluations are equal, whatever became of the pictures."""
+    broken = NotFinite("no numbers")
+    events, images = [], Images(None, broken)
+    made = BestOf(images, Vlm("B: x"), 3, evaluations=12).run(TASK, events.append)
+    assert made.error is None and made.evaluations == 12 and len(images.orders) == 3
+    assert [step.image for step in made.trajectory.steps] == ["1.png", "2.png"]
+    assert made.trajectory.final == 2 and not any(isinstance(e, Retried) for e in events)
+    assert made.trajectory.metadata["left_out"] == ["NotFinite: no numbers"]
+    spare = BestOf(Images(None, broken), Vlm("A: x", "A: x"), 3, evaluations=16).run(TASK)
+    assert spare.evaluations == 16 and len(spare.pictures) == 3
+    alone = Single(Images(broken), evaluations=4).run(TASK)
+    assert (alone.error, alone.evaluations) == ("NotFinite: no numbers", 4)
+    none = BestOf(Images(broken, broken), Vlm(), 2, evaluations=8).run(TASK)
+    assert (none.error, none.evaluations, none.pictures) == ("NotFinite: no numbers", 8, ())
