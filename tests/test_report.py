@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.data.trajectory import Action, Step, Trajectory
+from clvr_jax.report.chart import HEIGHT, WIDTH, Chart, Curve
 from clvr_jax.report.evaluation import Card, Gallery, Section, Table, Tile, evaluation_page
 from clvr_jax.report.page import page, png_uri
 from clvr_jax.report.trajectory import Entry, Spent, index_page, trajectory_page
@@ -47,6 +48,28 @@ def test_a_rate_is_drawn_to_scale_with_its_interval():
     assert f'x1="{low:.2f}" x2="{high:.2f}"' in html and f"{low:.1f} – {high:.1f}" in html
     empty = Table("By task", ("task", "passed"), [("one", rate([]))])
     assert ">none<" in written([Section("Tasks", "", [empty])])
+
+
+def test_a_chart_is_to_scale_and_its_names_lie_apart():
+    rates = [rate([True] * n + [False] * (10 - n)) for n in (2, 4, 8)]
+    curve = Curve("loop <a>", [(28.0, rates[0]), (56.0, rates[1]), (112.0, rates[2])])
+    chart = Chart("Passed", "evaluations", [curve, Curve("best", [(110.0, rates[2])])])
+    drawn = chart.drawing()
+    first, second, third = drawn["curves"][0]["dots"]
+    assert second["x"] - drawn["x0"] == pytest.approx(2 * (first["x"] - drawn["x0"]))
+    assert first["y"] - third["y"] == pytest.approx(3 * (first["y"] - second["y"]))
+    assert third["high"] < third["y"] < third["low"] and third["x"] < drawn["x1"]
+    names = [curve["label"] for curve in drawn["curves"]]
+    assert abs(names[0]["y"] - names[1]["y"]) >= 12
+    assert [label for _, label in drawn["right"]] == ["0", "20", "40", "60", "80", "100"]
+    assert [label for _, label in drawn["up"]] == ["0 %", "25 %", "50 %", "75 %", "100 %"]
+    html = written([Section("Ways", "", charts=[chart])])
+    assert f'viewBox="0 0 {WIDTH} {HEIGHT}"' in html and "loop &lt;a&gt;" in html
+    assert html.count("<polyline") == 1 and html.count("<circle") == 4
+    nothing = Chart("Passed", "tokens", [Curve("one", [(0.0, RATE)])]).drawing()
+    assert nothing["curves"][0]["dots"][0]["x"] == nothing["x0"]
+    with pytest.raises(ValueError, match="needs costs from zero on"):
+        Chart("Passed", "tokens", []).drawing()
 
 
 def test_cards_say_how_they_ended_in_words_too():

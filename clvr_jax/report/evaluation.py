@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from clvr_jax.report.chart import Chart
 from clvr_jax.report.page import page
 from clvr_jax.statistics import Rate
 
@@ -64,12 +65,13 @@ class Gallery(NamedTuple):
 
 
 class Section(NamedTuple):
-    """A part of the page: tables first, then galleries; each may be empty."""
+    """A part of the page: charts first, tables, then galleries; each may be empty."""
 
     title: str
     text: str
     tables: Sequence[Table] = ()
     galleries: Sequence[Gallery] = ()
+    charts: Sequence[Chart] = ()
 
 
 def evaluation_page(

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table as Printed
 
+from clvr_jax.report.chart import Chart, Curve
 from clvr_jax.report.evaluation import Section, Table, Tile, evaluation_page
 from clvr_jax.report.page import percent
 from clvr_jax.statistics import Difference, Rate
@@ -74,6 +75,32 @@ def tables(report: Mapping[str, Any]) -> list[Table]:
     return found
 
 
+def charts(report: Mapping[str, Any]) -> list[Chart]:
+    """Return what a prompt costs beside what it brings, for evaluations and for tokens.
+
+    The way that all are compared with comes first; loops are curves over their budgets.
+    """
+    arms = dict(sorted(report["arms"].items(), key=lambda item: item[0] != report["against"]))
+    note = "95 % intervals. A curve: at most one picture of a prompt, two, and so on."
+    return [
+        Chart(
+            f"Passed over {cost} of a prompt",
+            f"{cost}, mean of a prompt",
+            [
+                Curve(
+                    name,
+                    [(b[cost], b["passed"]) for b in arm["budgets"].values()]
+                    or [(arm[cost], arm["passed"])],
+                )
+                for name, arm in arms.items()
+            ],
+            note,
+        )
+        for cost in ("evaluations", "tokens")
+        if any(arm[cost] for arm in arms.values())
+    ]
+
+
 def _counts(counted: Mapping[str, int]) -> str:
     return ", ".join(f"{key}: {count}" for key, count in counted.items())
 
@@ -115,7 +142,7 @@ def write(out: Path, about: Mapping[str, Any], report: Mapping[str, Any]) -> Pat
         "The same prompts and seeds in every way; rates are of what the evaluation detector reads "
         "in the pictures.",
         tiles,
-        [Section("Ways", "", tables(report))],
+        [Section("Ways", "", tables(report), charts=charts(report))],
         [
             (key, value if isinstance(value, str) else json.dumps(value))
             for key, value in about.items()

@@ -130,7 +130,9 @@ def test_the_command_writes_and_refuses(arms, tmp_path, capsys):
     written = json.loads((out / "results.json").read_text())
     assert written["arms"]["loop"]["passed"]["rate"] == pytest.approx(2 / 3)
     assert set(written["differences"]["single"]["all"]) == {"value", "low", "high"}
-    assert "loop less another way" in (out / "index.html").read_text()
+    html = (out / "index.html").read_text()
+    assert "loop less another way" in html and "Passed over evaluations of a prompt" in html
+    assert html.count("<polyline") == 2, "the loop's curve, over evaluations and over tokens"
     for bad, words in ((["--arm=loop"], "NAME=FOLDER"), (flags[1:2] * 2, "every name once")):
         with pytest.raises(SystemExit):
             evaluate.main(["drawings", *bad, f"--out={tmp_path / 'new'}"])
