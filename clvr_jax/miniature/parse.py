@@ -29,6 +29,7 @@ _EXAMPLES = {
     ),
 }
 _IS = {("is",): None, ("are",): None}
+_COMMA = {(",",): None}
 _ALSO = {  # ways to ask for edits that are read and not written
     "recolour": ("recolour {thing} {colour}", "color {thing} {colour}"),
     "move": ("put {thing} {to}", "place {thing} {to}"),
@@ -81,6 +82,7 @@ class _Reading:
             return
         if (place := self._take(phrases.place)) is not None:
             self.front = place
+            self._skip(_COMMA)
             self._skip(phrases.THERE)
         elif not phrases.counted(self.tokens, self.at):  # "a drawing of" begins like "a star"
             self._skip(phrases.OPENER | phrases.THERE)
@@ -88,11 +90,14 @@ class _Reading:
         if isinstance(subject, int) and self.front:
             self.places.append((subject, self.front))
         self._skip(_IS)
+        last = subject  # what comes next is said of the thing before it
         while True:
             if (word := self._take(phrases.entry, phrases.RELATION)) is not None:
-                self.relations.append((subject, word, self._it() or self._thing()))
+                other = self._it() or self._thing()
+                self.relations.append((last, word, other))
+                last = other
             elif (place := self._take(phrases.place)) is not None:
-                self.places.append((subject, place))
+                self.places.append((last, place))
             else:
                 return
 

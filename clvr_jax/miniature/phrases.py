@@ -94,16 +94,16 @@ def entry(tokens: Tokens, at: int, table: Table) -> list[tuple[object, int]]:
 
 
 def kind(tokens: Tokens, at: int) -> list[tuple[Description, int]]:
-    """Read "small red star": size and colour in any order, and a noun."""
-    size = colour = None
-    while True:
-        for value, after in entry(tokens, at, SIZE):
-            size, at = value, after
-        for value, after in entry(tokens, at, COLOUR):
-            colour, at = value, after
-        if not entry(tokens, at, SIZE):
-            break
-    return [(Description(shape, colour, size), end) for shape, end in entry(tokens, at, NOUN)]
+    """Read "small red star": size and colour in any order, none of them twice, and a noun."""
+    said: dict[str, object] = {}
+    tables = {"size": SIZE, "colour": COLOUR}
+    while found := [(n, *r) for n, table in tables.items() for r in entry(tokens, at, table)]:
+        name, value, after = found[0]
+        if name in said:
+            return []
+        said[name], at = value, after
+    read = entry(tokens, at, NOUN)
+    return [(Description(shape, said.get("colour"), said.get("size")), end) for shape, end in read]
 
 
 def counted(tokens: Tokens, at: int) -> list[tuple[tuple[int, Description], int]]:
@@ -126,14 +126,23 @@ def place(tokens: Tokens, at: int) -> list[tuple[str, int]]:
 
 
 def where(tokens: Tokens, at: int) -> list[tuple[Description, int]]:
-    """Read a place or a relation to "the ...", as a description without a kind."""
+    """Read a place or a relation to "the ...", as a description without a kind.
+
+    The other thing may have its place behind it.
+    """
     places = [(Description(place=name), end) for name, end in place(tokens, at)]
     relations = [
         (Description(word=word, other=other), end)
         for word, after in entry(tokens, at, RELATION)
-        for other, end in the(tokens, after)
+        for name, behind in the(tokens, after)
+        for other, end in _placed(tokens, name, behind)
     ]
     return relations or places
+
+
+def _placed(tokens: Tokens, name: Description, at: int) -> list[tuple[Description, int]]:
+    """Read on after a kind: with the place behind it, and without."""
+    return [*((name._replace(place=p), end) for p, end in place(tokens, at)), (name, at)]
 
 
 def somewhere(tokens: Tokens, name: Description, at: int) -> list[tuple[Description, int]]:

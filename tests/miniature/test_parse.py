@@ -62,6 +62,17 @@ def test_prompts_of_users():
             (star, Group(1, "ring", place="top left corner"))
         ),
         "please draw me a picture of eight things": Goal((Group(8),)),
+        "in the top row, there is a red star": Goal((Group(1, "star", "red", place="top row"),)),
+        # what is said behind a thing is said of it, not of what came before
+        "a star above a ring above a cross": Goal(
+            (star, ring, Group(1, "cross")), (Relation(0, "above", 1), Relation(1, "above", 2))
+        ),
+        "a star above a ring in the middle": Goal(
+            (star, Group(1, "ring", place="middle")), (Relation(0, "above", 1),)
+        ),
+        "a star in the middle above a ring": Goal(
+            (Group(1, "star", place="middle"), ring), (Relation(0, "above", 1),)
+        ),
         "an empty picture": Goal(()),
     }.items():
         assert parse_prompt(text).key() == goal.key(), text
@@ -85,6 +96,16 @@ def test_edits_of_users():
             "resize", above._replace(shape="star"), Description(size="small")
         ),
         "make the star a ring": Edit("replace", star, ring),
+        "add a cross above the ring in the middle": Edit(
+            "add",
+            None,
+            above._replace(shape="cross", other=ring._replace(place="middle")),
+        ),
+        "move the star above the ring in the middle to the top row": Edit(
+            "move",
+            Description("star", word="above", other=ring._replace(place="middle")),
+            Description(place="top row"),
+        ),
         "copy the star in the top row from image 1 to the middle of image 2": Edit(
             "bring", Description("star", place="top row"), Description(place="middle")
         ),
@@ -108,6 +129,8 @@ def test_edits_of_users():
         ("draw", "cannot read the prompt"),
         ("", "cannot read the prompt"),
         ("a star a", 'from "a" on'),
+        ("a ring. a small large star", 'from "a small large star" on'),
+        ("a red small blue star", 'from "a red small blue star" on'),
     ],
 )
 def test_prompts_that_cannot_be_read(text, message):
