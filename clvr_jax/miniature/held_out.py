@@ -7,10 +7,14 @@ Held-out prompts each ask for at least one of them. Of what remains, a hash deci
 
 import enum
 import hashlib
+from typing import TYPE_CHECKING
 
 from clvr_jax.miniature.goal import Goal
 from clvr_jax.miniature.places import OPPOSITE, SO_TO
 from clvr_jax.miniature.scene import CELLS, COLOURS, SHAPES, Scene, Thing
+
+if TYPE_CHECKING:
+    from clvr_jax.miniature.edits import Edit
 
 
 class Split(enum.Enum):
@@ -82,6 +86,17 @@ def asks_held(goal: Goal) -> bool:
     groups = goal.groups
     return any((g.shape, g.colour) in PAIRS for g in groups) or any(
         is_held(groups[r.first].shape, r.word, groups[r.second].shape) for r in goal.relations
+    )
+
+
+def edits_held(edit: "Edit") -> bool:
+    """Say if the words of an edit name a held-out combination."""
+    new, old = edit.becomes, edit.thing
+    ends = [new._replace(shape=new.shape or old.shape), old] if old else [new]
+    related = [end for end in ends if end.other]
+    named = [*ends, *(end.other for end in related)]
+    return any((name.shape, name.colour) in PAIRS for name in named) or any(
+        is_held(end.shape, end.word, end.other.shape) for end in related
     )
 
 

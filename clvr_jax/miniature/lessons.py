@@ -14,6 +14,7 @@ from PIL import Image
 from clvr_jax.backends import requests
 from clvr_jax.backends.protocol import Message, assistant, system, user
 from clvr_jax.data import turns
+from clvr_jax.data.turns import Action
 from clvr_jax.miniature import edits, prompts, scenes
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.held_out import Split, is_clean
@@ -22,6 +23,7 @@ from clvr_jax.miniature.pictures import Picture, new_seed
 from clvr_jax.miniature.readings import certain
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.scene import Scene, from_codes
+from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
@@ -185,7 +187,8 @@ def _story(rng: Rng) -> Lesson:
     while True:
         told = _drawing(rng)
         # what an edit leaves open may come out as something that is held out
-        if all(is_clean(scene) for scene in _scenes(told.pictures)):
+        clean = all(is_clean(scene) for scene in _scenes(told.pictures))
+        if clean and all(map(may_train, _actions(told))):
             return told
 
 
@@ -217,12 +220,17 @@ def _proxy(rng: Rng) -> Lesson:
 def _narrate(rng: Rng) -> Lesson:
     """A story of which only the pictures and actions are known, told."""
     story = _story(rng)
-    replies = [message.text for message in story.messages if message.role == "assistant"]
-    actions = [turns.parse(text, n).action for n, text in enumerate(replies, 1)]
-    steps = "\n".join(action.line() for action in actions[: len(story.pictures)])
+    steps = "\n".join(action.line() for action in _actions(story)[: len(story.pictures)])
     goal, blank = story.messages[1].text, [BLANK] * len(story.pictures)
     said = [requests.NARRATE.message(*blank, goal=goal, steps=steps)]
     return Lesson([*said, assistant(_answer(rng, said, _scenes(story.pictures)))], story.pictures)
+
+
+def _actions(story: Lesson) -> list[Action]:
+    """The actions of a story; where it was cut, there is one more than pictures."""
+    replies = [message.text for message in story.messages if message.role == "assistant"]
+    found = [turns.parse(text, n).action for n, text in enumerate(replies, 1)]
+    return [action for action in found if action is not None]
 
 
 def _scenes(pictures: list[Picture]) -> list[Scene]:

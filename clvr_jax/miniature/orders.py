@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clvr_jax.data.turns import MARKER, Action
 from clvr_jax.miniature import words
 from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.references import say, say_where
@@ -96,6 +97,11 @@ def write(edit: "Edit", rng: np.random.Generator) -> str:
     parts = [p if p[0] != "{" else saying[p[1:-1]]() for p in template.split()]
     please = ["please"] if rng.random() < 0.08 else []
     return words.finish(rng, [" ".join(please + parts)])
+
+
+def by_place(action: Action) -> str:
+    """Return an action's prompt with its references called by their places, "image 1"."""
+    return MARKER.sub(lambda m: f"image {action.references.index(int(m[1])) + 1}", action.prompt)
 
 
 def _in_image_2(rng: np.random.Generator, edit: "Edit") -> str:

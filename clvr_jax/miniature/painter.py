@@ -6,9 +6,9 @@ import numpy as np
 
 from clvr_jax.data.turns import Action
 from clvr_jax.miniature.held_out import is_clean
+from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
 from clvr_jax.miniature.scene import CELLS, KINDS, MOST, Scene, thing
-from clvr_jax.miniature.teacher.control import by_place
 from clvr_jax.miniature.teacher.layout import layout
 
 

@@ -4,8 +4,11 @@ import functools
 
 import numpy as np
 
+from clvr_jax.data.turns import Action
 from clvr_jax.miniature.draws import HELD_OUT_KINDS, KINDS
-from clvr_jax.miniature.held_out import Split, plain
+from clvr_jax.miniature.held_out import Split, edits_held, plain, split_of
+from clvr_jax.miniature.orders import by_place
+from clvr_jax.miniature.parse import parse_edit, parse_prompt
 from clvr_jax.miniature.prompts import Prompt, sample
 
 COUNTS = {Split.TEST: 200, Split.DEV: 50, Split.HELD_OUT: 90}  # prompts of each kind
@@ -46,6 +49,20 @@ def training(count: int) -> tuple[Prompt, ...]:
     for kind in KINDS:
         extend(found, Split.TRAIN, kind, count)
     return tuple(found.values())
+
+
+def may_train(action: Action) -> bool:
+    """Say if a step of a drawing may be learnt from.
+
+    A prompt must be of the training split, which a part of a training prompt need not be; an edit
+    must name nothing held out.
+
+    Raises:
+      ValueError: its text cannot be read.
+    """
+    if action.kind == "edit":
+        return not edits_held(parse_edit(by_place(action)))
+    return split_of(parse_prompt(action.prompt), action.prompt) is Split.TRAIN
 
 
 def extend(found: dict[str, Prompt], split: Split, kind: str, count: int) -> None:

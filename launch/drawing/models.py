@@ -28,14 +28,16 @@ def check_words(prompts: Sequence[str], sources: Sequence[str | None]) -> None:
       sources: names of its models; those that ship, and the teacher, know nothing else.
 
     Raises:
-      ValueError: a prompt cannot be read; it says what the world knows.
+      ValueError: a prompt cannot be read, it says what the world knows; or the teacher, who has to
+        tell things apart and to say where they go, cannot direct it.
     """
     if not any(source == TEACHER or source in SHIPPED for source in sources):
         return
     from clvr_jax.miniature.parse import parse_prompt
+    from clvr_jax.miniature.teacher.answers import wanted
 
     for prompt in prompts:
-        parse_prompt(prompt)
+        (wanted if TEACHER in sources else parse_prompt)(prompt)
 
 
 def settings_of(weights: build.Weights, config: Any) -> Settings:

@@ -253,3 +253,14 @@ def test_words_of_no_small_world_are_refused(sources):
     with pytest.raises(ValueError, match=r"in the prompt: cat\. This world knows up to 8 things"):
         models.check_words(["a red circle", "a cat"], sources)
     models.check_words(["a cat"], ("FOLDER", "ANOTHER"))
+
+
+def test_what_the_teacher_cannot_direct_is_told_before_models_are_loaded():
+    for prompt, words in {
+        "a star left of a star": '"a star left of a star" cannot be drawn: a star left of a star: '
+        "no words tell both",
+        "a star above a ring. the star is below the ring": "no picture can show all of this",
+    }.items():
+        models.check_words([prompt], ("miniature", "FOLDER"))
+        with pytest.raises(ValueError, match=words):
+            models.check_words([prompt], ("miniature", models.TEACHER))

@@ -6,7 +6,7 @@ import pytest
 
 from clvr_jax.backends import requests
 from clvr_jax.data import turns
-from clvr_jax.miniature import held_out, lessons
+from clvr_jax.miniature import held_out, lessons, splits
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import from_codes
@@ -70,6 +70,22 @@ def test_nothing_held_out_is_read():
         for said in drawn(task, 6, start=5):
             for picture in said.pictures:
                 assert held_out.is_clean(from_codes(picture.codes)), task
+
+
+def test_nothing_held_out_is_said_and_no_prompt_of_another_split():
+    """Not in critiques, which say what things should be, nor in the steps of a drawing."""
+    pairs = {f"{colour} {shape}" for shape, colour in held_out.PAIRS}
+    for said in drawn("critique", 60, start=5):
+        assert not any(pair in said.messages[-1].text for pair in pairs), said
+    partial = 0
+    for said in drawn("story", 80, start=5):
+        goal = said.messages[1].text
+        replies = [message.text for message in said.messages if message.role == "assistant"]
+        for number, text in enumerate(replies, 1):
+            action = turns.parse(text, number).action
+            assert action is None or splits.may_train(action), action
+            partial += bool(action) and action.kind == "generate" and action.prompt != goal
+    assert partial > 2
 
 
 def test_tasks_are_drawn_by_their_shares():

@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 
+from clvr_jax.data.turns import Action
 from clvr_jax.miniature import edits, held_out, prompts, scenes, splits
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.parse import parse_edit
 from clvr_jax.miniature.places import related
 from clvr_jax.miniature.scene import Scene, Thing
 
@@ -51,6 +53,43 @@ def test_what_is_held_out():
     assert held_out.taints(ring, (star, ring)) and not held_out.is_clean(Scene((star, ring)))
     assert held_out.is_clean(Scene((star._replace(cell=4), ring)))  # side by side
     assert not held_out.is_clean(Scene((ring._replace(colour="red"),)))
+
+
+@pytest.mark.parametrize(
+    "text, held",
+    [
+        ("add a green star", True),
+        ("add a star", False),
+        ("make the star green", True),
+        ("make the ring green", False),
+        ("turn the red ring into a star", True),
+        ("replace the red star by a ring", False),
+        ("move the star above the ring", True),
+        ("move the star below the ring", False),
+        ("move the ring below the blue star", True),
+        ("remove the star above the ring", True),
+        ("add a star above the ring", True),
+        ("add a star above the red ring", True),
+        ("make the star small", False),
+    ],
+)
+def test_edits_that_name_what_is_held_out_are_known(text, held):
+    assert held_out.edits_held(parse_edit(text)) is held
+
+
+def test_parts_of_training_prompts_may_be_of_other_splits():
+    """A drawing's first picture may ask for less than its prompt: that is a prompt of its own."""
+    draws = lambda text: Action(kind="generate", prompt=text)
+    rng = np.random.default_rng(3)
+    for split in (Split.TRAIN, Split.DEV, Split.TEST):
+        texts = [prompts.sample(rng, split=split)[0].text for _ in range(12)]
+        assert {splits.may_train(draws(text)) for text in texts} == {split is Split.TRAIN}
+    assert not splits.may_train(draws("a green star"))
+    named = "take the ring of <IMG_GEN_2> and put it into image 2"
+    kept = Action(kind="edit", prompt=named.replace("image 2", "<IMG_GEN_1>"), references=(2, 1))
+    assert splits.may_train(kept)
+    held = kept.prompt.replace("ring", "red ring")
+    assert not splits.may_train(kept.model_copy(update={"prompt": held}))
 
 
 def leakage(count: int):

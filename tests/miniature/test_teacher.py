@@ -21,16 +21,17 @@ from clvr_jax.backends.protocol import (
 from clvr_jax.data.conditioning import Policy as Conditioning
 from clvr_jax.data.conditioning import condition
 from clvr_jax.data.trajectory import Step, Trajectory
-from clvr_jax.data.turns import parse
-from clvr_jax.miniature import detect, phrases, prompts, render
+from clvr_jax.data.turns import Action, parse
+from clvr_jax.miniature import detect, edits, phrases, prompts, render
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
 from clvr_jax.miniature.readings import read
 from clvr_jax.miniature.scene import CELLS, Scene, Thing
 from clvr_jax.miniature.teacher import Policy, Teacher
-from clvr_jax.miniature.teacher.control import by_place
+from clvr_jax.miniature.teacher.changes import changes
 from clvr_jax.miniature.teacher.sight import Sight, see
 from tests.miniature.perfect import glance, picture
 
@@ -239,6 +240,21 @@ def test_what_the_goal_leaves_open_is_left_open():
     assert found.count(None) > len(found) / 2
     placed = after("a red star and a ring in the bottom row", Scene((RED,))).action.prompt
     assert parse_edit(placed).becomes.place is not None
+
+
+def test_every_change_can_be_read_back():
+    """Also beside a thing that only its place tells from its twin."""
+    rng, found = np.random.default_rng(8), []
+    twins = Scene(tuple(Thing(cell, "circle", "blue", "small") for cell in (5, 10)))
+    goal = parse_prompt("a large blue circle and a red triangle left of a small blue circle")
+    for _ in range(6):
+        found += changes(goal, Sight(twins), rng)
+    assert any(edit.becomes.other and edit.becomes.other.place for edit in found)
+    for _ in range(60):
+        prompt, _ = prompts.sample(rng)
+        spoilt = Painter(rng, 1.0).draw(Action(kind="generate", prompt=prompt.text), [])
+        found += changes(prompt.goal, Sight(spoilt), rng)
+    assert all(parse_edit(edits.write(edit, rng)) == edit for edit in found)
 
 
 def test_a_worse_picture_is_left_for_an_earlier_one():

@@ -13,6 +13,7 @@ from clvr_jax.data import turns
 from clvr_jax.miniature import prompts
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.goal import Goal, Group
+from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
 from clvr_jax.miniature.places import CELL_NAMES
 from clvr_jax.miniature.readings import Readings
@@ -60,19 +61,24 @@ def _rng(*given: object) -> Rng:
 
 
 def _story(goal: str, sights: Sights) -> Story:
-    return Story(goal, _parsed(goal), tuple(sights))
+    return Story(goal, wanted(goal), tuple(sights))
 
 
-@functools.lru_cache(1024)
-def _parsed(goal: str) -> Goal:
-    """A goal, which is asked for in every turn.
+@functools.lru_cache(4096)
+def wanted(text: str) -> Goal:
+    """Return the goal of a prompt that is to be drawn, which is asked for in every turn.
 
     Raises:
-      ValueError: it is about other things than this world's, or contradicts itself.
+      ValueError: it is about other things than this world's, contradicts itself, or relates things
+        that cannot be told apart. The message is for users.
     """
-    wanted = parse_prompt(goal)
-    layout(wanted, _rng(goal))
-    return wanted
+    goal = parse_prompt(text)
+    try:
+        language.listed(goal)
+        layout(goal, _rng(text))
+    except ValueError as error:
+        raise ValueError(f'"{text}" cannot be drawn: {error}') from None
+    return goal
 
 
 def _proxy(turn: str, sights: Sights, rng: Rng) -> Proxy:
@@ -82,7 +88,7 @@ def _proxy(turn: str, sights: Sights, rng: Rng) -> Proxy:
         raise ValueError(f"the last turn draws nothing that could be summed up: {turn!r}")
     if action.kind == "generate":
         return Proxy(scene=action.prompt)
-    edit = parse_edit(control.by_place(action))
+    edit = parse_edit(by_place(action))
     *sources, base = (sights[number - 1].scene for number in action.references)
     gone, cells, *kinds = edit.outcome(base, *sources)
     kept = base.without(gone.cell) if gone else base
@@ -116,12 +122,12 @@ def _critique(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
 
 
 def _choose(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
-    wanted = parse_prompt(goal)
-    first, second = (sight.badness(wanted) for sight in _last(sights, 2))
+    wish = parse_prompt(goal)
+    first, second = (sight.badness(wish) for sight in _last(sights, 2))
     if first == second:
         return f"tie: {vary(rng, language.BOTH_WRONG if first else language.BOTH_RIGHT)}"
     worse = second > first
-    fault = language.wrong(rng, wanted, sights[worse])[0][1]
+    fault = language.wrong(rng, wish, sights[worse])[0][1]
     return f"{'BA'[worse]}: {language.WHICH[worse]} {fault}"
 
 

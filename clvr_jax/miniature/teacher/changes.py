@@ -30,7 +30,7 @@ def mark(scene: Scene, thing: Thing) -> Description:
 def changes(goal: Goal, sight: Sight, rng: Rng) -> list[Edit]:
     """Return the edits that bring a picture nearer to the goal, the best first.
 
-    Colours, sizes and, mostly, places that the goal leaves open are left open in what is added.
+    Colours, sizes and, mostly, places that the goal leaves open are left open in what comes anew.
 
     Args:
       goal: what is wanted.
@@ -76,8 +76,10 @@ class _Bench:
                 becomes = Description(**{wrong[0]: getattr(group, wrong[0])})
                 yield Edit(_SINGLE[wrong[0]], mark(self.scene, thing), becomes)
             elif wrong:
-                shape, colour = group.shape or thing.shape, group.colour or thing.colour
-                becomes = Description(shape, colour, group.size)
+                shape = group.shape or thing.shape
+                if (shape, group.colour) in held_out.PAIRS and not group.shape:
+                    shape = scenes.kind(self.rng, None, group.colour, Split.TRAIN)[0]
+                becomes = Description(shape, group.colour, group.size)
                 yield Edit("replace", mark(self.scene, thing), becomes)
 
     def _moves(self) -> Iterator[Edit]:

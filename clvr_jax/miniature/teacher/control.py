@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from clvr_jax.data.turns import MARKER, Action, Turn, marker
+from clvr_jax.data.turns import Action, Turn, marker
 from clvr_jax.miniature import edits
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.edits import Edit
@@ -120,11 +120,6 @@ def _bring(story: Story, best: int, add: Edit) -> tuple[int, Edit] | None:
             thing = mark(sight.scene, fitting[0])
             return index, Edit("bring", thing, Description(None, None, None, *where))
     return None
-
-
-def by_place(action: Action) -> str:
-    """Return an action's prompt with its references called by their places, "image 1"."""
-    return MARKER.sub(lambda m: f"image {action.references.index(int(m[1])) + 1}", action.prompt)
 
 
 def tell(story: Story, action: Action, rng: Rng) -> str:

@@ -61,7 +61,7 @@ BECAME = ("{thing} is now {other}", "{thing} has become {other}")
 SHOWS = ("the picture shows", "there is", "I see", "this is a picture of")
 WHICH = ("in the first picture", "in the second picture")
 BOTH_RIGHT = ("both are right", "both show all that was asked for")
-BOTH_WRONG = ("both are wrong", "both have the same number of faults")
+BOTH_WRONG = ("both are wrong", "neither is better than the other")
 
 
 def sentence(*clauses: str) -> str:
@@ -111,7 +111,11 @@ def usual_relation(goal: Goal, relation: Relation) -> str:
     """
     found = [names(goal.groups, i) for i in (relation.first, relation.second)]
     if not all(found):
-        raise ValueError(f"no words tell the things of {relation} from others in {goal}")
+        ends = (usual(goal.groups[i]) for i in (relation.first, relation.second))
+        raise ValueError(
+            f"{f' {relation.word} '.join(ends)}: no words tell both from all else that is asked "
+            "for; say colours or sizes"
+        )
     first, second = (kind_name(*name[0]) for name in found)
     return f"the {first} is {relation.word} the {second}"
 
@@ -223,9 +227,8 @@ def _wrong(rng: Rng, goal: Goal, scene: Scene, faults: list[Fault]) -> str:
     elif kind == "place":
         wanted = place_phrase(rng, group.place)
     elif kind == "looks":
-        wrong = {fault.kind for fault in faults}
-        said = [getattr(group if name in wrong else thing, name) for name in ("shape", "colour")]
-        wanted = article(kind_words(rng, *said, group.size if "size" in wrong else None))
+        size = group.size if any(fault.kind == "size" for fault in faults) else None
+        wanted = article(kind_words(rng, group.shape, group.colour, size))
     elif kind in ATTRIBUTES:
         wanted = getattr(group, kind)
     return form.format(thing=the(rng, thing, scene), wanted=wanted)

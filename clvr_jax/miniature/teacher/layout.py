@@ -19,4 +19,4 @@ def layout(goal: Goal, rng: Rng) -> Scene:
         scene = scenes.draw(goal, rng, split)
         if scene is not None:
             return scene
-    raise ValueError(f"no picture can show all of this at once: {goal}")
+    raise ValueError("no picture can show all of this at once")
