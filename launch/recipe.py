@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -37,7 +38,8 @@ STEPS: dict[str, dict[str, int]] = {
     },
 }
 PROMPTS = {"full": 100, "quick": 10}  # of each kind, whose drawings are fine-tuned on
-_TRAJECTORIES = "train.jsonl"
+_TRAJECTORIES, _RECORD = "train.jsonl", "recipe.json"
+_LOST = 0.02  # share of drawings that may fail
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
 
@@ -86,12 +88,13 @@ class Recipe:
           only: names of stages; none for all.
 
         Raises:
-          ValueError: a name is unknown.
-          RuntimeError: a training or the writing of its weights failed; it printed why.
+          ValueError: a name is unknown, or what is there was begun with another preset or seed.
+          ChildProcessError: a training or the writing of its weights failed; it printed why.
         """
         unknown = [name for name in only if name not in self.stages]
         if unknown:
             raise ValueError(f"unknown stages {unknown}; there are {', '.join(self.stages)}")
+        record = self._known()
         for name, make in self.stages.items():
             if only and name not in only:
                 continue
@@ -100,19 +103,38 @@ class Recipe:
                 print(f"{folder}: there already", flush=True)
                 continue
             began = time.perf_counter()
-            make(folder)
-            self._record(name, time.perf_counter() - began)
+            try:
+                make(folder)
+            finally:
+                self._record(record, name, time.perf_counter() - began)
 
-    def _record(self, stage: str, seconds: float) -> None:
-        """Add what a stage cost, and on what, to recipe.json."""
+    def _known(self) -> dict[str, Any]:
+        """The record of what was made here before, begun if there is none."""
+        file, own = self.out / _RECORD, {"preset": self.preset, "seed": self.seed}
+        if not file.exists():
+            record = {**own, "stages": {}}
+            write_text(file, json.dumps(record, indent=2) + "\n")
+            return record
+        record = json.loads(file.read_text())
+        lines = [f"--{k}={record[k]}, {v} given" for k, v in own.items() if record[k] != v]
+        if lines:
+            raise ValueError(
+                f"{self.out} was begun with {' and '.join(lines)}; go on with what it was begun "
+                "with, or choose another --out"
+            )
+        return record
+
+    def _record(self, record: dict[str, Any], stage: str, seconds: float) -> None:
+        """Add what a stage cost, all its starts that were not killed together, and on what."""
         from launch.bench.machine import environment
 
-        print(f"{self.out / stage}: made in {seconds:.0f} s", flush=True)
-        file = self.out / "recipe.json"
-        known = json.loads(file.read_text()) if file.exists() else {}
-        cost = {"seconds": round(seconds), "preset": self.preset, "seed": self.seed}
-        known[stage] = {**cost, **environment("launch.miniature")}
-        write_text(file, json.dumps(known, indent=2) + "\n")
+        made = (self.out / stage).exists()
+        seconds += record["stages"].get(stage, {}).get("seconds", 0)
+        if made:
+            print(f"{self.out / stage}: made in {seconds:.0f} s", flush=True)
+        cost = {"seconds": round(seconds), "made": made}
+        record["stages"][stage] = {**cost, **environment("launch.miniature")}
+        write_text(self.out / _RECORD, json.dumps(record, indent=2) + "\n")
 
     def begin(self, folder: Path) -> None:
         """Write a klein of random weights with a trained tokenizer."""
@@ -177,6 +199,7 @@ class Recipe:
     def trajectories(self, folder: Path) -> None:
         """Draw prompts in the loop, as the teacher directs it, and keep what ended well."""
         from clvr_jax.miniature import splits
+        from launch.drawing.folder import RESULT
 
         asked, drawn = self.out / "runs" / "prompts.txt", self.out / "runs" / "drawings"
         prompts = splits.training(PROMPTS[self.preset])
@@ -184,14 +207,30 @@ class Recipe:
         draw = [
             *(sys.executable, "-m", "launch.generate", f"--weights={self.out / 'klein_long'}"),
             *("--vlm=teacher", f"--prompts_file={asked}", f"--out={drawn}", "--resume"),
-            *("--config.batch=32", "--config.loop.concurrency=64"),
+            *("--config.batch=32", "--config.loop.concurrency=64", f"--seeds={self.seed}"),
         ]
-        _call(draw, "drawing")
+        try:
+            _call(draw, "drawing")
+        except ChildProcessError:
+            found = [json.loads(file.read_text()) for file in drawn.glob(f"*/{RESULT}")]
+            lost = sum(result["error"] is not None for result in found)
+            if len(found) < len(prompts) or lost > _LOST * len(prompts):
+                raise
+            print(f"{lost} drawings failed and are left out", flush=True)
         prune = [sys.executable, "-m", "launch.data", "prune", str(drawn)]
         with aside(folder) as partial:
             partial.mkdir()
-            target = str(partial / _TRAJECTORIES)
-            _call([*prune, target, "--vlm=teacher", "--verify"], "choosing drawings")
+            pruned, target = partial / "pruned.jsonl", partial / _TRAJECTORIES
+            _call([*prune, str(pruned), "--vlm=teacher", "--verify"], "choosing drawings")
+            lines = pruned.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _may_train(line)]
+            write_text(target, "".join(kept))
+            pruned.unlink()
+            print(
+                f"left out {len(lines) - len(kept)} of {len(lines)} trajectories: a part of their "
+                "prompt is a prompt of another split",
+                flush=True,
+            )
 
     def klein_sft(self, folder: Path) -> None:
         """Fine-tune klein's transformer on drawings, and write its adapters."""
@@ -241,6 +280,7 @@ class Recipe:
 
     def _adapters(self, folder: Path, stage: str, base: str, *options: str) -> None:
         """Write the adapters of a stage's run as PEFT's folder."""
+        _clear(folder)
         run, weights = str(self.out / "runs" / stage), f"--weights={self.out / base}"
         command = [sys.executable, "-m", "conversion.lora", run, str(folder), "--to=peft", weights]
         _call([*command, *options], f"writing {folder}")
@@ -250,7 +290,7 @@ class Recipe:
         target = folder
         if only:
             target = folder.with_name(f"{folder.name}.parts")
-            shutil.rmtree(target, ignore_errors=True)
+        _clear(target)
         command = [sys.executable, "-m", "conversion", str(source), str(target), *options]
         command.append("--to=diffusers")
         _call(command, f"writing {folder}")
@@ -259,9 +299,44 @@ class Recipe:
             target.rmdir()
 
 
+def _may_train(line: str) -> bool:
+    """Whether all steps of a trajectory, as a line of JSON, may be learnt from."""
+    from clvr_jax.data.trajectory import Trajectory
+    from clvr_jax.miniature import splits
+
+    steps = Trajectory.model_validate_json(line).steps
+    return all(splits.may_train(step.action) for step in steps)
+
+
+def _clear(target: Path) -> None:
+    """Remove what a start that was killed has left of a folder that is written anew."""
+    for left in (target, target.with_name(f"{target.name}.partial")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def _call(command: Sequence[str], what: str) -> None:
-    """Run a command of this repository; its output goes where ours does."""
+    """Run a command of this repository; its output goes where ours does.
+
+    SIGTERM is passed on to it, so that a training saves; whatever else ends this ends it too.
+    """
     print(" ".join(command[1:]), flush=True)
-    code = subprocess.run(command, check=False).returncode
+    process = subprocess.Popen(command)
+    stopped: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        stopped.append(number)
+        process.terminate()
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        code = process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if stopped:
+        raise SystemExit(128 + stopped[0])
     if code:
-        raise RuntimeError(f"{what} ended with exit code {code}; it printed why")
+        raise ChildProcessError(f"{what} ended with exit code {code}; it printed why")

@@ -9,8 +9,10 @@ Writes checkpoints, metrics.jsonl, previews, the final config and what ran on wh
 SIGTERM saves and exits with 143. `launch/cluster/` runs the same command on SLURM, GKE and TPU VMs.
 """
 
+import contextlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -60,6 +62,14 @@ def main(argv) -> None:
     use_compile_cache()
     import jax
 
+    first = jax.process_index() == 0
+    with folder.held(workdir) if first else contextlib.nullcontext():
+        _train(config, workdir)
+    if first:
+        print(workdir)
+
+
+def _train(config: Any, workdir: Path) -> None:
     from clvr_jax.data.loader import LoadError
     from clvr_jax.train.loop import Interrupted
     from launch.training import compose
@@ -86,8 +96,6 @@ def main(argv) -> None:
         sys.exit(130)
     except LoadError as error:
         raise ValueError(f"the data changed or cannot be read: {error}") from error
-    if jax.process_index() == 0:
-        print(workdir)
 
 
 if __name__ == "__main__":

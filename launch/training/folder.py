@@ -7,11 +7,13 @@ metrics.jsonl      numbers
 previews/          pictures or texts
 """
 
+import contextlib
 import datetime
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from launch.bench.machine import environment
 from launch.pictures import write_text
 
 CONFIG, RUN, CHECKPOINTS, PREVIEWS = "config.json", "run.json", "checkpoints", "previews"
+LOCK = "lock"
 # what may be another on resume: it changes no number that training computes
 FREE = (
     "log",
@@ -54,7 +57,7 @@ def prepare(folder: Path, config: Mapping[str, Any], resume: bool, overwrite: bo
     if resume and overwrite:
         raise ValueError("give one of --resume and --overwrite")
     exists, elsewhere = (folder / CONFIG).exists(), config["save"]["folder"]
-    if not exists and folder.exists() and any(folder.iterdir()):
+    if not exists and folder.exists() and any(f.name != LOCK for f in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no run; choose another --workdir")
     own = exists and read(folder / CONFIG)["save"]["folder"] == elsewhere
     if elsewhere and not own and saved_steps(elsewhere):
@@ -74,6 +77,33 @@ def prepare(folder: Path, config: Mapping[str, Any], resume: bool, overwrite: bo
             f"{folder} holds a run: --resume goes on with it, --overwrite deletes it to begin anew"
         )
     compare(folder, config)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder, for as long as this lasts.
+
+    File systems that have no locks are not guarded.
+
+    Raises:
+      ValueError: another process trains there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ValueError(
+                f"{folder}: process {file.read().strip()} is training there; wait for it or end "
+                "it, or choose another --workdir"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def compare(folder: Path, config: Mapping[str, Any]) -> None:

@@ -6,10 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from clvr_jax.data.trajectory import Action, Step, Trajectory
+from clvr_jax.miniature import prompts
+from clvr_jax.miniature.held_out import Split
 from conversion import detect
 from launch import recipe as recipes
 from launch.recipe import Recipe
@@ -19,6 +23,91 @@ from tests.launch.training import ENV, ROOT
 def test_unknown_stages_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"unknown stages \['paint'\]; there are begin, vae"):
         Recipe(tmp_path).run(["paint"])
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
+    """Or quick weights would pass for full ones."""
+    monkeypatch.setattr(Recipe, "begin", lambda self, folder: folder.mkdir())
+    Recipe(tmp_path, "quick").run(["begin"])
+    Recipe(tmp_path, "quick").run(["begin"])
+    with pytest.raises(ValueError, match="was begun with --preset=quick, full given; go on with"):
+        Recipe(tmp_path).run(["begin"])
+    with pytest.raises(ValueError, match="--seed=0, 3 given"):
+        Recipe(tmp_path, "quick", 3).run(["begin"])
+
+
+def test_a_stage_costs_what_all_its_starts_took(tmp_path, monkeypatch):
+    def broken(self, folder):
+        time.sleep(1.1)
+        raise ChildProcessError("it printed why")
+
+    monkeypatch.setattr(Recipe, "begin", broken)
+    with pytest.raises(ChildProcessError):
+        Recipe(tmp_path).run(["begin"])
+    known = json.loads((tmp_path / "recipe.json").read_text())
+    assert not known["stages"]["begin"]["made"] and known["preset"] == "full"
+    monkeypatch.setattr(Recipe, "begin", lambda self, folder: (time.sleep(1.1), folder.mkdir()))
+    Recipe(tmp_path).run(["begin"])
+    stage = json.loads((tmp_path / "recipe.json").read_text())["stages"]["begin"]
+    assert stage["made"] and stage["seconds"] >= 2 and stage["cores"]
+
+
+def test_leavings_of_a_start_that_was_killed_are_no_hindrance(tmp_path, monkeypatch):
+    """What `conversion` would refuse to write over."""
+    commands = []
+
+    def called(command, what):
+        target = Path(command[4])
+        assert not target.exists() and not target.with_name(f"{target.name}.partial").exists()
+        commands.append(command[2])
+        (target / "vlm").mkdir(parents=True)
+
+    monkeypatch.setattr(recipes, "_call", called)
+    recipe = Recipe(tmp_path)
+    for name in ("klein.partial", "vlm.parts", "vlm.parts.partial", "klein_sft.partial"):
+        (tmp_path / name / "old").mkdir(parents=True)
+    recipe._exported(tmp_path / "klein", tmp_path / "run")
+    recipe._exported(tmp_path / "vlm", tmp_path / "run", only="vlm")
+    recipe._adapters(tmp_path / "klein_sft", "klein_sft", "klein")
+    assert commands == ["conversion", "conversion", "conversion.lora"]
+
+
+def test_what_is_started_ends_with_the_recipe(tmp_path):
+    """A training that outlived it would write into the folder of the next one."""
+    asleep = "import time; print('asleep', flush=True); time.sleep(60)"
+    code = (
+        "import sys; from launch import recipe; "
+        f"recipe._call([sys.executable, '-c', {asleep!r}], 'sleeping')"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline().startswith("-c") and process.stdout.readline() == "asleep\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.stdout.read() == "", "the pipe is closed: the child is gone too"
+
+
+def test_drawings_of_other_splits_are_not_trained_on(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    texts = [prompts.sample(rng, split=split)[0].text for split in (Split.TRAIN, Split.TEST)]
+
+    def called(command, what):
+        if what == "drawing":
+            return
+        lines = []
+        for number, text in enumerate(texts):
+            step = Step(reasoning="so", action=Action(kind="generate", prompt=text), image="1.png")
+            given = Trajectory(id=f"t{number}", goal="a star", steps=(step,), outcome="stopped")
+            lines.append(json.dumps(given.record()) + "\n")
+        Path(command[5]).write_text("".join(lines))
+
+    monkeypatch.setattr(recipes, "_call", called)
+    monkeypatch.setitem(recipes.PROMPTS, "quick", 1)
+    Recipe(tmp_path, "quick").trajectories(tmp_path / "trajectories")
+    (line,) = (tmp_path / "trajectories" / "train.jsonl").read_text().splitlines()
+    assert json.loads(line)["id"] == "t0"
+    assert [file.name for file in (tmp_path / "trajectories").iterdir()] == ["train.jsonl"]
 
 
 @pytest.mark.slow
@@ -43,8 +132,8 @@ def test_every_stage_leaves_weights_that_others_read(tmp_path, monkeypatch):
     shutil.move(tmp_path / "two_steps", out / "klein_long")
     made.run()
     recorded = json.loads((out / "recipe.json").read_text())
-    assert list(recorded) == list(made.stages)
-    assert all(stage["preset"] == "quick" and stage["cores"] for stage in recorded.values())
+    assert list(recorded["stages"]) == list(made.stages) and recorded["preset"] == "quick"
+    assert all(stage["made"] and stage["cores"] for stage in recorded["stages"].values())
 
     from launch import build, build_vlm
 

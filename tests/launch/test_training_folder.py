@@ -1,6 +1,8 @@
 """The folder of a run, and options that are told before anything is looked at; nothing trains."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from clvr_jax.checkpoint import CheckpointError, Checkpoints, saved_steps
 from configs import image_sft, vlm_sft
 from conversion import runs
 from launch.training import compose, folder
+from tests.launch.training import ENV, ROOT
 
 
 def config(**changes):
@@ -152,3 +155,29 @@ def test_one_device_is_no_mesh_of_eight(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda *_: one)
     with pytest.raises(ValueError, match=r"mesh data=1 x fsdp=8 .* needs 8 devices, 1 are present"):
         compose.compose(config(mesh__fsdp=8))
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    """Both would write checkpoints under the same names."""
+    code = f"""
+import time
+from pathlib import Path
+from launch.training import folder
+with folder.held(Path({str(tmp_path / "run")!r})):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout.readline() == "held\n"
+        words = f"process {other.pid} is training there; wait"
+        with pytest.raises(ValueError, match=words), folder.held(tmp_path / "run"):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with folder.held(tmp_path / "run"):
+        pass
+    folder.prepare(tmp_path / "run", {"save": {"folder": ""}, "weights": "w"}, False, False)
