@@ -44,7 +44,7 @@ SHORT = {
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
 RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
-MISTAKES = 0.5  # chance that the painter of a story errs
+MISTAKES = 0.7  # chance that the painter of a story errs, see `Painter`
 LONGEST = 5  # pictures of a story
 # asked by nobody else: who cannot find a word again cannot compare a picture with a prompt
 REPEAT = requests.Request("Say this again, word for word: {text}")

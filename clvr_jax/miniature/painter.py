@@ -5,11 +5,18 @@ from collections.abc import Sequence
 import numpy as np
 
 from clvr_jax.data.turns import Action
+from clvr_jax.miniature.chance import pick
+from clvr_jax.miniature.goal import Goal
 from clvr_jax.miniature.held_out import is_clean
 from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
-from clvr_jax.miniature.scene import CELLS, KINDS, MOST, Scene, thing
+from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
 from clvr_jax.miniature.teacher.layout import layout
+
+_VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
+_MISTAKES = (*_VALUES, "missing", "extra", "moved")
+_UNDONE = 0.3  # share of mistaken edits that change nothing at all
+_ANYWHERE = 0.4  # share of mistaken drawings in which things stand anywhere
 
 
 class Painter:
@@ -17,7 +24,8 @@ class Painter:
 
     Attributes:
       rng: decides what is open, and the mistakes.
-      mistakes: chance that something in a picture comes out wrong.
+      mistakes: chance that something in a drawing from nothing comes out wrong; it is halved for
+        edits, and for every further mistake.
     """
 
     def __init__(self, rng: np.random.Generator, mistakes: float = 0.0):
@@ -25,21 +33,36 @@ class Painter:
 
     def draw(self, action: Action, earlier: Sequence[Scene]) -> Scene:
         """Return the next scene, from an action and all earlier scenes."""
+        chance = self.mistakes
         if action.kind == "generate":
-            scene = layout(parse_prompt(action.prompt), self.rng)
+            goal = parse_prompt(action.prompt)
+            if self.rng.random() < chance * _ANYWHERE:
+                goal = Goal(tuple(group._replace(place=None) for group in goal.groups))
+            scene = layout(goal, self.rng)
         else:
             *sources, base = (earlier[number - 1] for number in action.references)
             scene = parse_edit(by_place(action)).apply(base, *sources, rng=self.rng)
-        while self.rng.random() < self.mistakes:
+            chance /= 2
+            if self.rng.random() < chance * _UNDONE:
+                return base
+        while self.rng.random() < chance:
             spoilt = self._spoil(scene)
             if is_clean(spoilt) or not is_clean(scene):
-                return spoilt
+                scene = spoilt
+            chance /= 2
         return scene
 
     def _spoil(self, scene: Scene) -> Scene:
-        """Put any kind of thing, or nothing, into one cell, mostly one that holds a thing."""
-        taken = [thing.cell for thing in scene.things]
-        full = len(taken) == MOST or self.rng.random() < 0.8
-        cell = int(self.rng.choice(taken if taken and full else CELLS))
-        code = int(self.rng.integers(KINDS + 1)) * (self.rng.random() < 0.8)
-        return scene.put(thing(cell, code)) if code else scene.without(cell)
+        """Make one mistake: a thing too few, too many, elsewhere, or of another look."""
+        kind = pick(self.rng, _MISTAKES)
+        if not scene.things or (kind == "extra" and len(scene.things) < MOST):
+            look = (pick(self.rng, values) for values in _VALUES.values())
+            return scene.put(Thing(pick(self.rng, scene.free()), *look))
+        thing = pick(self.rng, scene.things)
+        left = scene.without(thing.cell)
+        if kind in _VALUES:
+            others = [value for value in _VALUES[kind] if value != getattr(thing, kind)]
+            return left.put(thing._replace(**{kind: pick(self.rng, others)}))
+        if kind == "moved":
+            return left.put(thing._replace(cell=pick(self.rng, scene.free())))
+        return left

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.turns import Action
-from clvr_jax.miniature import edits, held_out, prompts, scenes, splits
+from clvr_jax.miniature import edits, held_out, prompts, samples, scenes, scores, splits
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.parse import parse_edit
@@ -149,6 +149,17 @@ def test_fixed_lists_begin_as_ever(split):
     for kind in prompts.HELD_OUT_KINDS:
         splits.extend(found, split, kind, 4)
     assert digest(found.values()) == FIRST[split]
+
+
+def test_other_fixed_cases_begin_as_ever():
+    """Or numbers of before and after a change would be of other edits and pictures."""
+    cases = [case for kind in scores.EDITS for case in scores.edit_cases(Split.TEST, kind, 3)]
+    edited = "\n".join(
+        f"{c.text}|{c.before}|{c.source}|{c.after}|{[p.seed for p in c.shown]}" for c in cases
+    )
+    seen = [scenes.sample(samples.generator(1, n), Split.TEST) for n in range(20)]
+    found = [hashlib.sha256(t.encode()).hexdigest()[:16] for t in (edited, repr(seen))]
+    assert found == ["07087435bc19da7a", "0c76f34b6d8a18a3"]
 
 
 @pytest.mark.slow
