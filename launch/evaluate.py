@@ -154,6 +154,12 @@ def _drawings(options: argparse.Namespace) -> int:
             f"--arm={' --arm='.join(options.arm) or '...'}: give one NAME=FOLDER for each way, "
             "every name once"
         )
+    against = options.against or named[0][0]
+    if against not in [name for name, _, _ in named]:
+        raise ValueError(
+            f"--against={against}: no arm is called so; there are "
+            f"{', '.join(name for name, _, _ in named)}"
+        )
     out = Path(options.out or f"outputs/drawings-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     check_out(out, options.overwrite)
     from launch.bench import machine
@@ -162,13 +168,16 @@ def _drawings(options: argparse.Namespace) -> int:
     from launch.runtime import use_compile_cache
 
     use_compile_cache()
+    drawn_with = {}
+    for name, _, folder in named:
+        if not (file := Path(folder) / SETTINGS).exists():
+            raise FileNotFoundError(f"{folder} holds no drawings of launch.generate: no {SETTINGS}")
+        drawn_with[name] = json.loads(file.read_text())
     arms = {name: drawings.read(Path(folder)) for name, _, folder in named}
-    report = drawings.compare(arms, options.against or named[0][0])
+    report = drawings.compare(arms, against)
     about = {
         "benchmark": "drawings",
-        "arms_drawn_with": {
-            name: json.loads((Path(folder) / SETTINGS).read_text()) for name, _, folder in named
-        },
+        "arms_drawn_with": drawn_with,
         "environment": machine.environment("launch.evaluate"),
     }
     drawings_view.show(report)
@@ -177,10 +186,13 @@ def _drawings(options: argparse.Namespace) -> int:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something already.
+    """Refuse a folder that holds something already; make it if it is not there.
+
+    What cannot be written is so known before anything is measured.
 
     Raises:
       FileExistsError: it is a file, or it holds something and `overwrite` is not given.
+      OSError: it cannot be made.
     """
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if out.exists() and not out.is_dir():
@@ -190,6 +202,7 @@ def check_out(out: Path, overwrite: bool) -> None:
             f"{out} exists and holds {', '.join(held[:3])}{' ...' * (len(held) > 3)}; choose "
             "another --out, or give --overwrite to replace its results"
         )
+    out.mkdir(parents=True, exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,12 @@ def test_the_command_writes_and_refuses(arms, tmp_path, capsys):
     html = (out / "index.html").read_text()
     assert "loop less another way" in html and "Passed over evaluations of a prompt" in html
     assert html.count("<polyline") == 2, "the loop's curve, over evaluations and over tokens"
-    for bad, words in ((["--arm=loop"], "NAME=FOLDER"), (flags[1:2] * 2, "every name once")):
+    for bad, words in (
+        (["--arm=loop"], "NAME=FOLDER"),
+        (flags[1:2] * 2, "every name once"),
+        (["--arm=loop=x", "--against=best"], "no arm is called so; there are loop"),
+        ([f"--arm=loop={tmp_path}"], "holds no drawings of launch.generate: no settings.json"),
+    ):
         with pytest.raises(SystemExit):
             evaluate.main(["drawings", *bad, f"--out={tmp_path / 'new'}"])
         assert words in capsys.readouterr().err
