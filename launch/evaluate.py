@@ -11,6 +11,7 @@ browser) into a folder; `prompts` prints.
 import argparse
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,7 @@ def _miniature(options: argparse.Namespace) -> int:
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if weights.distilled and options.guidance != 1.0:
         say("note: these weights are distilled; they want --steps=4 --guidance=1")
+    make_out(out)
     environment = machine.environment("launch.evaluate")
     model = build.load_image_model(weights, dtype=build.resolve_dtype(options.dtype))
     parts = pipeline.parts_of(weights, model, options.steps, options.guidance)
@@ -173,6 +175,7 @@ def _drawings(options: argparse.Namespace) -> int:
         if not (file := Path(folder) / SETTINGS).exists():
             raise FileNotFoundError(f"{folder} holds no drawings of launch.generate: no {SETTINGS}")
         drawn_with[name] = json.loads(file.read_text())
+    make_out(out)
     arms = {name: drawings.read(Path(folder)) for name, _, folder in named}
     report = drawings.compare(arms, against)
     about = {
@@ -186,13 +189,10 @@ def _drawings(options: argparse.Namespace) -> int:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something already; make it if it is not there.
-
-    What cannot be written is so known before anything is measured.
+    """Refuse a folder that holds something already.
 
     Raises:
       FileExistsError: it is a file, or it holds something and `overwrite` is not given.
-      OSError: it cannot be made.
     """
     held = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
     if out.exists() and not out.is_dir():
@@ -202,7 +202,17 @@ def check_out(out: Path, overwrite: bool) -> None:
             f"{out} exists and holds {', '.join(held[:3])}{' ...' * (len(held) > 3)}; choose "
             "another --out, or give --overwrite to replace its results"
         )
+
+
+def make_out(out: Path) -> None:
+    """Make the folder, so that what cannot be written is known before anything is measured.
+
+    Raises:
+      OSError: it cannot be made, or written to.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(f"{out} cannot be written to; choose another --out")
 
 
 if __name__ == "__main__":

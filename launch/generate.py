@@ -9,7 +9,8 @@
 a grid where there are several, and settings.json. The other modes ask a model (`--vlm`, or one
 behind `--server`) and write a folder for every prompt, with its page: `loop` plans, draws, looks
 and edits; `best_of` has the best of several pictures chosen; `rewrite` has the prompt written out;
-`one_shot` asks nobody, to be compared with them.
+`one_shot` asks nobody, to be compared with them. The exit status is 3 if some prompts failed and
+all others are drawn.
 """
 
 import dataclasses

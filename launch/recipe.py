@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Recipe:
     Attributes:
       out: folder of everything.
       preset: of `STEPS`.
-      seed: of first weights and data.
+      seed: of first weights, training data and drawings.
 
     Raises:
       ValueError: the preset is unknown.
@@ -116,6 +116,8 @@ class Recipe:
             write_text(file, json.dumps(record, indent=2) + "\n")
             return record
         record = json.loads(file.read_text())
+        if "stages" not in record:
+            raise ValueError(f"{file} is of an earlier version; choose another --out")
         lines = [f"--{k}={record[k]}, {v} given" for k, v in own.items() if record[k] != v]
         if lines:
             raise ValueError(
@@ -197,9 +199,12 @@ class Recipe:
         self._exported(folder, run)
 
     def trajectories(self, folder: Path) -> None:
-        """Draw prompts in the loop, as the teacher directs it, and keep what ended well."""
+        """Draw prompts in the loop, as the teacher directs it; keep what ended well and is allowed.
+
+        Nothing held out is asked for in what is kept, and no prompt of another split.
+        """
         from clvr_jax.miniature import splits
-        from launch.drawing.folder import RESULT
+        from launch.drawing.folder import RESULT, SOME_FAILED
 
         asked, drawn = self.out / "runs" / "prompts.txt", self.out / "runs" / "drawings"
         prompts = splits.training(PROMPTS[self.preset])
@@ -209,13 +214,11 @@ class Recipe:
             *("--vlm=teacher", f"--prompts_file={asked}", f"--out={drawn}", "--resume"),
             *("--config.batch=32", "--config.loop.concurrency=64", f"--seeds={self.seed}"),
         ]
-        try:
-            _call(draw, "drawing")
-        except ChildProcessError:
-            found = [json.loads(file.read_text()) for file in drawn.glob(f"*/{RESULT}")]
-            lost = sum(result["error"] is not None for result in found)
-            if len(found) < len(prompts) or lost > _LOST * len(prompts):
-                raise
+        if _call(draw, "drawing", {SOME_FAILED}):
+            results = [json.loads(file.read_text()) for file in drawn.glob(f"*/{RESULT}")]
+            lost = sum(result["error"] is not None for result in results)
+            if lost > _LOST * len(prompts):
+                raise ChildProcessError(f"{lost} of {len(prompts)} drawings failed; it printed why")
             print(f"{lost} drawings failed and are left out", flush=True)
         prune = [sys.executable, "-m", "launch.data", "prune", str(drawn)]
         with aside(folder) as partial:
@@ -227,8 +230,9 @@ class Recipe:
             write_text(target, "".join(kept))
             pruned.unlink()
             print(
-                f"left out {len(lines) - len(kept)} of {len(lines)} trajectories: a part of their "
-                "prompt is a prompt of another split",
+                f"left out {len(lines) - len(kept)} of {len(lines)} trajectories: a step of theirs "
+                "asks for something held out, or for less than its prompt, which then is of "
+                "another split",
                 flush=True,
             )
 
@@ -314,10 +318,18 @@ def _clear(target: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _call(command: Sequence[str], what: str) -> None:
-    """Run a command of this repository; its output goes where ours does.
+def _call(command: Sequence[str], what: str, accepted: Container[int] = ()) -> int:
+    """Run a command of this repository; its output goes where ours does. Return its exit status.
 
-    SIGTERM is passed on to it, so that a training saves; whatever else ends this ends it too.
+    SIGTERM is passed on to it, so that a training saves; an exception here ends it.
+
+    Args:
+      command: to run.
+      what: it does, for the error.
+      accepted: statuses besides 0 that are no error.
+
+    Raises:
+      ChildProcessError: it ended with another status.
     """
     print(" ".join(command[1:]), flush=True)
     process = subprocess.Popen(command)
@@ -338,5 +350,6 @@ def _call(command: Sequence[str], what: str) -> None:
         signal.signal(signal.SIGTERM, before)
     if stopped:
         raise SystemExit(128 + stopped[0])
-    if code:
+    if code and code not in accepted:
         raise ChildProcessError(f"{what} ended with exit code {code}; it printed why")
+    return code

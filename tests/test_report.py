@@ -66,6 +66,11 @@ def test_a_chart_is_to_scale_and_its_names_lie_apart():
     html = written([Section("Ways", "", charts=[chart])])
     assert f'viewBox="0 0 {WIDTH} {HEIGHT}"' in html and "loop &lt;a&gt;" in html
     assert html.count("<polyline") == 1 and html.count("<circle") == 4
+    low = [Curve(f"way {n}", [(100.0, rate([False] * 9))]) for n in range(4)]
+    ups = sorted(curve["label"]["y"] for curve in Chart("Passed", "x", low).drawing()["curves"])
+    assert ups[-1] <= drawn["y0"] and min(np.diff(ups)) >= 12, "in a stack upwards"
+    wide = Chart("Passed", "x", [Curve("a way of a long name", [(100.0, RATE)])]).drawing()
+    assert wide["curves"][0]["label"]["anchor"] == "end"
     nothing = Chart("Passed", "tokens", [Curve("one", [(0.0, RATE)])]).drawing()
     assert nothing["curves"][0]["dots"][0]["x"] == nothing["x0"]
     with pytest.raises(ValueError, match="needs costs from zero on"):

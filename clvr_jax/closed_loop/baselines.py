@@ -54,7 +54,7 @@ class BestOf:
       vlm: chooses.
       count: pictures.
       options: of its answers.
-      evaluations: that all of them may take; what fails where none are left is not chosen from.
+      evaluations: that all of them may take, attempts that fail among them; None is no limit.
     """
 
     images: ImageGenerator
@@ -165,8 +165,8 @@ class _Baseline:
     def draw(self, texts: Sequence[str], reasoning: str) -> None:
         """Draw a picture for each text, all at once.
 
-        One that fails when the limit leaves no room for another attempt is left out, if there are
-        others.
+        A picture of no numbers is drawn anew, as often as may be and as the limit leaves room; then
+        it is left out, if there are others.
         """
         began = time.monotonic()
         seed = lambda number: lambda attempt: self._task.draw("picture", number, attempt)

@@ -92,7 +92,8 @@ def asks_held(goal: Goal) -> bool:
 def edits_held(edit: "Edit") -> bool:
     """Say if the words of an edit name a held-out combination."""
     new, old = edit.becomes, edit.thing
-    ends = [new._replace(shape=new.shape or old.shape), old] if old else [new]
+    kept = old.shape if old and edit.kind != "replace" else None
+    ends = [new._replace(shape=new.shape or kept), *([old] if old else [])]
     related = [end for end in ends if end.other]
     named = [*ends, *(end.other for end in related)]
     return any((name.shape, name.colour) in PAIRS for name in named) or any(

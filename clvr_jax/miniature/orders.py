@@ -75,10 +75,11 @@ def write(edit: "Edit", rng: np.random.Generator) -> str:
     """Return an instruction for an edit, e.g. "move the star above the ring".
 
     A place to move to always comes with "to" or "into": "in" could be where the thing is now. Two
-    relations in a row could be read in two ways: "so that it is" parts them.
+    relations in a row, or one and the place of its other thing, could be read in two ways: "so that
+    it is" parts them.
     """
     new, templates = edit.becomes, TEMPLATES[edit.kind]
-    if edit.kind == "move" and edit.thing.word and new.word:
+    if edit.kind == "move" and new.word and (edit.thing.word or new.other.place):
         templates = templates[-2:]
     template = pick(rng, templates)
     saying = {

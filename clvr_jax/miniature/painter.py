@@ -15,8 +15,8 @@ from clvr_jax.miniature.teacher.layout import layout
 
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
 _MISTAKES = (*_VALUES, "missing", "extra", "moved")
-_UNDONE = 0.3  # share of mistaken edits that change nothing at all
-_ANYWHERE = 0.4  # share of mistaken drawings in which things stand anywhere
+_UNDONE = 0.3  # of the chance of a mistake: an edit changes nothing at all
+_ANYWHERE = 0.4  # of that chance: in a drawing from nothing, things stand anywhere
 
 
 class Painter:
@@ -24,8 +24,8 @@ class Painter:
 
     Attributes:
       rng: decides what is open, and the mistakes.
-      mistakes: chance that something in a drawing from nothing comes out wrong; it is halved for
-        edits, and for every further mistake.
+      mistakes: chance of a mistake in a drawing from nothing, half of it in an edit; halved again
+        for each further one. Other mistakes come beside: things anywhere, edits that do nothing.
     """
 
     def __init__(self, rng: np.random.Generator, mistakes: float = 0.0):

@@ -10,6 +10,7 @@ WIDTH, HEIGHT = 720, 330  # of the drawing, its margins included
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 96, 12, 40
 _LINE = 15  # between the labels of points that lie close
 _NEAR = 120  # so close, from left to right
+_LETTER = 7  # width of a letter, about
 _TICKS = 6  # at most, from left to right
 
 
@@ -57,7 +58,9 @@ class Chart(NamedTuple):
             curves.append({"name": curve.name, "dots": dots})
             labels.append((dots[-1]["x"], dots[-1]["y"]))
         for curve, (across, up) in zip(curves, _apart(labels), strict=True):
-            curve["label"] = {"x": across + 9, "y": up}
+            fits = across + 9 + _LETTER * len(curve["name"]) < WIDTH
+            place = (across + 9, "start") if fits else (across - 9, "end")
+            curve["label"] = {"x": place[0], "y": up, "anchor": place[1]}
         return {
             "curves": curves,
             "right": [
@@ -80,13 +83,13 @@ def _step(most: float) -> float:
 
 
 def _apart(labels: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The labels' places, moved down from one another where they would lie on each other."""
-    order = sorted(range(len(labels)), key=lambda i: labels[i][1])
+    """The labels' places, moved up from one another where they would lie on each other."""
+    order = sorted(range(len(labels)), key=lambda i: -labels[i][1])
     placed: dict[int, tuple[float, float]] = {}
     for index in order:
         across, up = labels[index]
-        for x, y in sorted(placed.values(), key=lambda place: place[1]):
+        for x, y in sorted(placed.values(), key=lambda place: -place[1]):
             if abs(x - across) < _NEAR and abs(y - up) < _LINE:
-                up = y + _LINE
+                up = y - _LINE
         placed[index] = across, up
     return [placed[index] for index in range(len(labels))]

@@ -139,7 +139,7 @@ def draw(
     failed = [result.task.id for result in results if result.error]
     if failed:
         say(f"error: {len(failed)} of {len(results)} prompts failed: {', '.join(failed[:5])}")
-        raise SystemExit(1)
+        raise SystemExit(folder.SOME_FAILED)
 
 
 def _named(sources: Sources, speaker: Component | None) -> str | None:

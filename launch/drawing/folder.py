@@ -26,6 +26,7 @@ from clvr_jax.report.trajectory import Entry, Spent, index_page, trajectory_page
 from launch.folders import aside
 from launch.pictures import write_png, write_text
 
+SOME_FAILED = 3  # exit status of a command that drew all prompts but some
 RESULT, TRAJECTORY, PAGE, ALL = "result.json", "trajectory.json", "index.html", "trajectories.jsonl"
 _SMALL = 256  # pixels of a picture in the index
 

@@ -5,6 +5,7 @@ run.json           weights, data, how inputs are made; every start with commit, 
 checkpoints/       states
 metrics.jsonl      numbers
 previews/          pictures or texts
+lock               held by the process that trains here
 """
 
 import contextlib

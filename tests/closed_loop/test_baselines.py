@@ -106,6 +106,8 @@ def test_what_fails_at_the_limit_of_evaluations_is_left_out():
     assert made.trajectory.metadata["left_out"] == ["NotFinite: no numbers"]
     spare = BestOf(Images(None, broken), Vlm("A: x", "A: x"), 3, evaluations=16).run(TASK)
     assert spare.evaluations == 16 and len(spare.pictures) == 3
+    often = BestOf(Images(*[broken] * 5), Vlm(), 2).run(TASK)
+    assert often.error is None and len(often.pictures) == 1 and often.evaluations == 24
     alone = Single(Images(broken), evaluations=4).run(TASK)
     assert (alone.error, alone.evaluations) == ("NotFinite: no numbers", 4)
     none = BestOf(Images(broken, broken), Vlm(), 2, evaluations=8).run(TASK)

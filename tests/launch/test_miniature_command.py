@@ -16,6 +16,7 @@ from clvr_jax.miniature import prompts
 from clvr_jax.miniature.held_out import Split
 from conversion import detect
 from launch import recipe as recipes
+from launch.drawing import folder
 from launch.recipe import Recipe
 from tests.launch.training import ENV, ROOT
 
@@ -92,9 +93,9 @@ def test_drawings_of_other_splits_are_not_trained_on(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     texts = [prompts.sample(rng, split=split)[0].text for split in (Split.TRAIN, Split.TEST)]
 
-    def called(command, what):
+    def called(command, what, accepted=()):
         if what == "drawing":
-            return
+            return 0
         lines = []
         for number, text in enumerate(texts):
             step = Step(reasoning="so", action=Action(kind="generate", prompt=text), image="1.png")
@@ -108,6 +109,33 @@ def test_drawings_of_other_splits_are_not_trained_on(tmp_path, monkeypatch):
     (line,) = (tmp_path / "trajectories" / "train.jsonl").read_text().splitlines()
     assert json.loads(line)["id"] == "t0"
     assert [file.name for file in (tmp_path / "trajectories").iterdir()] == ["train.jsonl"]
+
+
+@pytest.mark.parametrize("failed", [1, 2])
+def test_a_few_drawings_may_fail(tmp_path, monkeypatch, failed):
+    """Seeds come of prompts: what failed fails again, and one of hundreds is no loss."""
+
+    def called(command, what, accepted=()):
+        if what != "drawing":
+            raise InterruptedError(what)
+        assert accepted == {folder.SOME_FAILED}, "another status is a refusal"
+        for number in range(60):
+            place = tmp_path / "runs" / "drawings" / str(number)
+            place.mkdir(parents=True)
+            (place / folder.RESULT).write_text(json.dumps({"error": number < failed or None}))
+        return folder.SOME_FAILED
+
+    monkeypatch.setattr(recipes, "_call", called)
+    monkeypatch.setitem(recipes.PROMPTS, "quick", 5)
+    error, words = (InterruptedError, "choosing") if failed == 1 else (ChildProcessError, "2 of 60")
+    with pytest.raises(error, match=words):
+        Recipe(tmp_path, "quick").trajectories(tmp_path / "trajectories")
+
+
+def test_a_record_of_another_version_is_told(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"begin": {"preset": "full"}}')
+    with pytest.raises(ValueError, match=r"recipe\.json is of an earlier version"):
+        Recipe(tmp_path).run(["begin"])
 
 
 @pytest.mark.slow

@@ -211,7 +211,7 @@ def test_a_prompt_is_asked_for_in_its_own_words_and_gone_through_one_by_one():
     right = after(goal, Scene((RED, ring, BLUE, cross)))
     assert right.stop and right.reasoning.count(", yes.") == 4
     low = after(goal, Scene((RED._replace(cell=13), ring, BLUE, cross._replace(cell=1))))
-    assert "The star is above the cross: " in low.reasoning and "row, no, " in low.reasoning
+    assert "The star is above the cross: " in low.reasoning and "row, no. " in low.reasoning
     half = after(goal, Scene((RED, ring, BLUE)))
     assert "A cross: no, it is missing." in half.reasoning and "above" not in half.reasoning
     more = after("a red star", Scene((RED, ring)))
@@ -247,9 +247,11 @@ def test_every_change_can_be_read_back():
     rng, found = np.random.default_rng(8), []
     twins = Scene(tuple(Thing(cell, "circle", "blue", "small") for cell in (5, 10)))
     goal = parse_prompt("a large blue circle and a red triangle left of a small blue circle")
-    for _ in range(6):
-        found += changes(goal, Sight(twins), rng)
-    assert any(edit.becomes.other and edit.becomes.other.place for edit in found)
+    misplaced = twins.put(Thing(15, "triangle", "red", "small"))
+    for _ in range(20):
+        found += [*changes(goal, Sight(twins), rng), *changes(goal, Sight(misplaced), rng)]
+    placed = {edit.kind for edit in found if edit.becomes.other and edit.becomes.other.place}
+    assert placed == {"add", "move"}
     for _ in range(60):
         prompt, _ = prompts.sample(rng)
         spoilt = Painter(rng, 1.0).draw(Action(kind="generate", prompt=prompt.text), [])

@@ -143,7 +143,7 @@ def _narrate(sights: Sights, rng: Rng, seed: str, goal: str, steps: str) -> str:
 
 
 def _rewrite(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
-    return prompts.describe(layout(parse_prompt(goal), _rng(seed, goal)), rng, detail=1.0).text
+    return prompts.describe(layout(wanted(goal), _rng(seed, goal)), rng, detail=1.0).text
 
 
 def _inventory(sights: Sights, rng: Rng, seed: str) -> str:

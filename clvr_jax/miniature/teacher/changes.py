@@ -70,14 +70,17 @@ class _Bench:
 
     def _repairs(self) -> Iterator[Edit]:
         for slot, thing in zip(self.slots, self.things, strict=True):
+            if thing is None:
+                continue
             group = self.goal.groups[slot]
-            wrong = [name for name in group.wrong(thing) if name != "place"] if thing else []
-            if len(wrong) == 1 and wrong[0] in _SINGLE:
+            wrong = [name for name in group.wrong(thing) if name != "place"]
+            shape = group.shape or thing.shape
+            held = group.shape is None and (shape, group.colour) in held_out.PAIRS
+            if len(wrong) == 1 and wrong[0] in _SINGLE and not held:
                 becomes = Description(**{wrong[0]: getattr(group, wrong[0])})
                 yield Edit(_SINGLE[wrong[0]], mark(self.scene, thing), becomes)
             elif wrong:
-                shape = group.shape or thing.shape
-                if (shape, group.colour) in held_out.PAIRS and not group.shape:
+                if held:
                     shape = scenes.kind(self.rng, None, group.colour, Split.TRAIN)[0]
                 becomes = Description(shape, group.colour, group.size)
                 yield Edit("replace", mark(self.scene, thing), becomes)

@@ -156,12 +156,14 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         words += f": {enumerate_words(there)}," if there else ":"
         faults = of.pop(key, [])
         missing = [fault for fault in faults if fault.kind == "missing"]
-        if missing:
+        if relation:  # what it should be has just been said
+            why = ""
+        elif missing:
             count = "it" if goal.groups[index].count == 1 else number(len(missing))
             why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
         elif faults:
             why = _wrong(rng, goal, sight.scene, _together(faults)[0])
-        said.append(f"{words} no, {why}" if faults else f"{words} yes")
+        said.append(f"{words} no{why and f', {why}'}" if faults else f"{words} yes")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
