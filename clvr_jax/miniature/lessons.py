@@ -15,7 +15,7 @@ from clvr_jax.backends import requests
 from clvr_jax.backends.protocol import Message, assistant, system, user
 from clvr_jax.data import turns
 from clvr_jax.data.turns import Action
-from clvr_jax.miniature import edits, prompts, scenes
+from clvr_jax.miniature import comparisons, edits, prompts, scenes
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.held_out import Split, is_clean
 from clvr_jax.miniature.painter import Painter
@@ -24,7 +24,7 @@ from clvr_jax.miniature.readings import certain
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.scene import Scene, from_codes
 from clvr_jax.miniature.splits import may_train
-from clvr_jax.miniature.teacher import checks
+from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
 
@@ -33,21 +33,25 @@ SHORT = {
     "inventory": 0.15,
     "caption": 0.05,
     "difference": 0.1,
-    "critique": 0.2,
+    "critique": 0.15,
     "verify": 0.1,
     "choose": 0.1,
-    "checklist": 0.1,
+    "checklist": 0.05,
     "rewrite": 0.05,
-    "repeat": 0.15,
+    "repeat": 0.05,
+    "compare": 0.2,
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
 RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
-MISTAKES = 0.7  # chance that the painter of a story errs, see `Painter`
+MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 5  # pictures of a story
-# asked by nobody else: who cannot find a word again cannot compare a picture with a prompt
+# asked by nobody else: who cannot find a word again, or tell whether two things are alike, cannot
+# compare a picture with a prompt, and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
+COMPARE = requests.Request("Is each of these what is asked for?\n{pairs}")
+_PAIRS = 4  # of a comparison
 BLANK = Image.new("RGB", (SIDE, SIDE))
 _POLICY = Policy()
 
@@ -174,6 +178,14 @@ def _repeat(rng: Rng) -> Lesson:
     return Lesson([REPEAT.message(text=text), assistant(text)], [])
 
 
+def _compare(rng: Rng) -> Lesson:
+    """Lines as `language.checked` has them, half of them wrong in one point."""
+    lines = [comparisons.line(rng) for _ in range(_PAIRS)]
+    asked = "\n".join(line for line, _ in lines)
+    said = language.sentence(*(f"{line}, {'yes' if right else 'no'}" for line, right in lines))
+    return Lesson([COMPARE.message(pairs=asked), assistant(said)], [])
+
+
 def _goal(rng: Rng) -> str:
     return prompts.sample(rng, None, Split.TRAIN)[0].text
 
@@ -247,6 +259,7 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "checklist": _checklist,
     "rewrite": _rewrite,
     "repeat": _repeat,
+    "compare": _compare,
     "story": _story,
     "proxy": _proxy,
     "narrate": _narrate,

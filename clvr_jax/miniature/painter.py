@@ -16,16 +16,19 @@ from clvr_jax.miniature.teacher.layout import layout
 _VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
 _MISTAKES = (*_VALUES, "missing", "extra", "moved")
 _UNDONE = 0.3  # of the chance of a mistake: an edit changes nothing at all
-_ANYWHERE = 0.4  # of that chance: in a drawing from nothing, things stand anywhere
+_ANYWHERE = 0.5  # of that chance: in a drawing from nothing, things stand anywhere
+_CROWD = 4  # things from which on each is as likely to come out wrong as it may be
 
 
 class Painter:
     """Reads what actions ask for, and draws it; what they leave open is drawn at random.
 
+    As image models do, it errs more the more it is asked for, and seldom in a single edit.
+
     Attributes:
       rng: decides what is open, and the mistakes.
-      mistakes: chance of a mistake in a drawing from nothing, half of it in an edit; halved again
-        for each further one. Other mistakes come beside: things anywhere, edits that do nothing.
+      mistakes: chance that a thing of a crowded picture comes out wrong, of smaller pictures less;
+        of an edit, that something is wrong besides.
     """
 
     def __init__(self, rng: np.random.Generator, mistakes: float = 0.0):
@@ -33,23 +36,22 @@ class Painter:
 
     def draw(self, action: Action, earlier: Sequence[Scene]) -> Scene:
         """Return the next scene, from an action and all earlier scenes."""
-        chance = self.mistakes
         if action.kind == "generate":
             goal = parse_prompt(action.prompt)
+            chance, chances = self.mistakes * min(1.0, goal.count / _CROWD), goal.count
             if self.rng.random() < chance * _ANYWHERE:
                 goal = Goal(tuple(group._replace(place=None) for group in goal.groups))
             scene = layout(goal, self.rng)
         else:
+            chance, chances = self.mistakes / 2, 1
             *sources, base = (earlier[number - 1] for number in action.references)
             scene = parse_edit(by_place(action)).apply(base, *sources, rng=self.rng)
-            chance /= 2
             if self.rng.random() < chance * _UNDONE:
                 return base
-        while self.rng.random() < chance:
+        for _ in range(self.rng.binomial(chances, chance)):
             spoilt = self._spoil(scene)
             if is_clean(spoilt) or not is_clean(scene):
                 scene = spoilt
-            chance /= 2
         return scene
 
     def _spoil(self, scene: Scene) -> Scene:

@@ -20,7 +20,7 @@ from clvr_jax.miniature.scores import Verdict
 from clvr_jax.miniature.teacher.looks import read_inventory
 from clvr_jax.statistics import Rate, rate, rate_of
 
-MISTAKES = 0.75  # chance that a render's painter errs, see `Painter`
+MISTAKES = 0.4  # of a render's painter, see `Painter`
 _SEED = 20_260_300  # of the renders
 _GREEDY = Options(max_tokens=256, temperature=0.0)
 

@@ -1,5 +1,6 @@
 """Lessons in seeing: what they say is true, in the forms that are asked for."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -8,10 +9,13 @@ from clvr_jax.backends import requests
 from clvr_jax.data import turns
 from clvr_jax.miniature import held_out, lessons, splits
 from clvr_jax.miniature.parse import parse_prompt
+from clvr_jax.miniature.places import CELL_NAMES, PLACES, related
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import from_codes
 from clvr_jax.miniature.teacher.looks import read_inventory
 from clvr_jax.miniature.words import NUMBERS
+
+CELL = {name: cell for cell, name in CELL_NAMES.items()}
 
 
 def drawn(task, count, start=0):
@@ -142,7 +146,7 @@ def test_proxy_prompts_and_narratives_end_a_story():
 
 
 def test_texts_alone_are_lessons_too():
-    for task in ("checklist", "rewrite", "repeat"):
+    for task in ("checklist", "rewrite", "repeat", "compare"):
         assert all(not said.pictures for said in drawn(task, 4))
     for said in drawn("repeat", 8):
         assert said.messages[1].text == lessons.REPEAT.match(said.messages[0].text)["text"]
@@ -150,6 +154,41 @@ def test_texts_alone_are_lessons_too():
         goal = parse_prompt(requests.REWRITE.match(said.messages[0].text)["goal"])
         written = parse_prompt(said.messages[1].text)
         assert written.count == goal.count and all(group.place for group in written.groups)
+
+
+def test_comparisons_are_true_and_half_of_them_are_wrong():
+    """Judged by the words alone, as whoever reads them has to."""
+    verdicts = []
+    for said in drawn("compare", 60):
+        asked = lessons.COMPARE.match(said.messages[0].text)["pairs"].splitlines()
+        answered = said.messages[1].text.rstrip(".").split(". ")
+        assert len(asked) == len(answered) == 4
+        for line, judged in zip(asked, answered):
+            text, _, verdict = judged.rpartition(", ")
+            assert text[0].lower() + text[1:] == line
+            verdicts.append(verdict == "yes")
+            wanted, there = line.split(": ")
+            places = re.findall(r"in the ([a-z ]+?)(?: and|$)", there)
+            if " is " in wanted:
+                word = re.search("left of|right of|above|below", wanted)[0]
+                right = related(CELL[places[0]], word, CELL[places[1]])
+            else:
+                right = holds(parse_prompt(wanted).groups[0], there)
+            assert right == verdicts[-1], judged
+    assert 0.4 < sum(verdicts) / len(verdicts) < 0.6
+
+
+def holds(group, there):
+    """Say if so many things are named, each as the group says."""
+    things = re.findall(r"a (small|large) (\w+) (\w+)(?: in the ([a-z ]+?))?(?:,| and|$)", there)
+    fits = [
+        group.size in (None, size)
+        and group.colour in (None, colour)
+        and group.shape in (None, shape)
+        and (group.place is None or CELL[place] in PLACES[group.place])
+        for size, colour, shape, place in things
+    ]
+    return len(fits) == group.count and all(fits)
 
 
 def test_unknown_tasks_are_refused():

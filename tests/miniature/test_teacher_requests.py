@@ -136,7 +136,7 @@ def test_a_story_is_told_from_actions_and_pictures():
 
 def test_a_proxy_prompt_says_what_the_next_picture_should_be():
     kinds = set()
-    for number, (prompt, _, _) in enumerate(cases(6, 5)):
+    for number, (prompt, _, _) in enumerate(cases(12, 5)):
         turns, said, drawn = trajectory(prompt.text, number)
         exact = Painter(np.random.default_rng(number))
         for step, turn in enumerate(turns[: len(drawn)]):

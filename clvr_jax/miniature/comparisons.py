@@ -1,0 +1,85 @@
+"""What is asked for beside what is there for it: the lines of a check, half of them wrong.
+
+In drawings nearly all is as it should be, and most of what is wrong is missing: too few examples to
+learn from that a red circle is no red square. Here every line differs in one point or in none.
+"""
+
+from clvr_jax.miniature import held_out, scenes
+from clvr_jax.miniature.chance import Rng, pick
+from clvr_jax.miniature.goal import Group
+from clvr_jax.miniature.held_out import Split
+from clvr_jax.miniature.places import CELL_NAMES, PLACES, RELATIONS, related
+from clvr_jax.miniature.scene import CELLS, COLOURS, SHAPES, SIZES, Thing
+from clvr_jax.miniature.teacher import language
+from clvr_jax.miniature.words import enumerate_words
+
+_VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
+_RELATED = 0.2  # share of lines of a relation
+_SEVERAL = 0.3  # share of several things among the others
+# chance that a line says each of these
+_SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.3}
+
+
+def line(rng: Rng) -> tuple[str, bool]:
+    """Return a line as `language.checked` begins it, "a red star: a small blue star".
+
+    And whether it is right.
+    """
+    right = bool(rng.random() < 0.5)
+    return (_relation(rng, right) if rng.random() < _RELATED else _things(rng, right)), right
+
+
+def _relation(rng: Rng, right: bool) -> str:
+    word = pick(rng, RELATIONS)
+    while True:
+        cells = int(rng.integers(CELLS)), int(rng.integers(CELLS))
+        shapes = pick(rng, SHAPES), pick(rng, SHAPES)
+        fits = cells[0] != cells[1] and related(cells[0], word, cells[1]) == right
+        if fits and shapes[0] != shapes[1] and not held_out.is_held(shapes[0], word, shapes[1]):
+            break
+    there = enumerate_words([f"in the {CELL_NAMES[cell]}" for cell in cells])
+    return f"the {shapes[0]} is {word} the {shapes[1]}: {there}"
+
+
+def _things(rng: Rng, right: bool) -> str:
+    while True:
+        group = _group(rng)
+        things = [_fitting(rng, group) for _ in range(group.count)]
+        if not right:
+            wrong = pick(rng, [name for name in _SAID if getattr(group, name)])
+            things[0] = _unfitting(rng, group, wrong)
+            if group.count > 1 and rng.random() < 0.5:
+                things = things[1:]  # one too few
+        apart = len({thing.cell for thing in things}) == len(things)
+        if apart and not any((thing.shape, thing.colour) in held_out.PAIRS for thing in things):
+            break
+    shown = sorted(things, key=lambda thing: thing.cell)
+    there = [language.thing_words(thing, group.place is not None) for thing in shown]
+    return f"{language.usual(group)}: {enumerate_words(there)}"
+
+
+def _group(rng: Rng) -> Group:
+    """Something asked for, of which at least one thing is said."""
+    count = int(rng.integers(2, 5)) if rng.random() < _SEVERAL else 1
+    shape, colour = scenes.kind(rng, None, None, Split.TRAIN)
+    found = (shape, colour, pick(rng, SIZES), pick(rng, tuple(PLACES)))
+    while True:
+        said = [rng.random() < share for share in _SAID.values()]
+        group = Group(count, *(v if s else None for v, s in zip(found, said, strict=True)))
+        if any(said) and (group.place is None or count <= len(PLACES[group.place])):
+            return group
+
+
+def _fitting(rng: Rng, group: Group) -> Thing:
+    cells = sorted(PLACES[group.place]) if group.place else range(CELLS)
+    looks = (getattr(group, name) or pick(rng, values) for name, values in _VALUES.items())
+    return Thing(pick(rng, cells), *looks)
+
+
+def _unfitting(rng: Rng, group: Group, wrong: str) -> Thing:
+    """A thing that would fit but for one point."""
+    thing = _fitting(rng, group)
+    if wrong == "place":
+        return thing._replace(cell=pick(rng, sorted({*range(CELLS)} - PLACES[group.place])))
+    values = [value for value in _VALUES[wrong] if value != getattr(group, wrong)]
+    return thing._replace(**{wrong: pick(rng, values)})
