@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from clvr_jax.checkpoint import open_state
+from clvr_jax.data.conditioning import Policy
 from clvr_jax.tree import flatten
 from configs import image_sft, vlm_sft
 from conversion import detect
@@ -354,3 +355,9 @@ def test_a_dry_run_writes_nothing(folder, tmp_path):
     assert told.returncode == 0, told.stderr
     assert "is not in the local cache" in told.stdout
     assert list(tmp_path.rglob("*")) == [home]
+
+
+def test_the_miniature_is_fine_tuned_as_its_weights_were_trained():
+    """Its padding is part of the condition: other lengths are other conditions."""
+    recorded = detect.find("miniature").manifest["conditioning"]
+    assert image.policy(image_sft.get_config("miniature")) == Policy.from_json(recorded)
