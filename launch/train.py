@@ -12,7 +12,6 @@ SIGTERM saves and exits with 143. `launch/cluster/` runs the same command on SLU
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
 
 from absl import app, flags
 
@@ -62,32 +61,26 @@ def main(argv) -> None:
     use_compile_cache()
     import jax
 
-    first = jax.process_index() == 0
-    with folder.held(workdir) if first else contextlib.nullcontext():
-        _train(config, workdir)
-    if first:
-        print(workdir)
-
-
-def _train(config: Any, workdir: Path) -> None:
     from clvr_jax.data.loader import LoadError
     from clvr_jax.train.loop import Interrupted
     from launch.training import compose
     from launch.training import run as training
 
     job, data, held_out, preview = compose.compose(config)
+    first = jax.process_index() == 0
     try:
-        training.train(
-            job,
-            config,
-            workdir,
-            data,
-            held_out=held_out,
-            preview_call=preview,
-            resume=_RESUME.value,
-            overwrite=_OVERWRITE.value,
-            peak=compose.peak(),
-        )
+        with folder.held(workdir) if first else contextlib.nullcontext():
+            training.train(
+                job,
+                config,
+                workdir,
+                data,
+                held_out=held_out,
+                preview_call=preview,
+                resume=_RESUME.value,
+                overwrite=_OVERWRITE.value,
+                peak=compose.peak(),
+            )
     except Interrupted as error:
         print(f"{error}; --resume goes on", file=sys.stderr)
         sys.exit(143)
@@ -96,6 +89,8 @@ def _train(config: Any, workdir: Path) -> None:
         sys.exit(130)
     except LoadError as error:
         raise ValueError(f"the data changed or cannot be read: {error}") from error
+    if first:
+        print(workdir)
 
 
 if __name__ == "__main__":
