@@ -1,7 +1,7 @@
 # Every target makes the environment it needs; PYTHON chooses the interpreter (3.11 or newer).
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= a red circle, two small blue stars, a green square below the circle and a black ring
+PROMPT ?= a purple cross, two blue rings, a red square above the cross and a small yellow star
 RUN = $(VENV)/bin/python
 WORKERS ?= 2
 
