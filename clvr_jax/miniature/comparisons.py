@@ -6,14 +6,13 @@ learn from that a red circle is no red square. Here every line differs in one po
 
 from clvr_jax.miniature import held_out, scenes
 from clvr_jax.miniature.chance import Rng, pick
-from clvr_jax.miniature.goal import Group
+from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.places import CELL_NAMES, PLACES, RELATIONS, related
-from clvr_jax.miniature.scene import CELLS, COLOURS, SHAPES, SIZES, Thing
+from clvr_jax.miniature.places import PLACES, RELATIONS, related
+from clvr_jax.miniature.scene import CELLS, LOOKS, SHAPES, SIZES, Thing
 from clvr_jax.miniature.teacher import language
 from clvr_jax.miniature.words import enumerate_words
 
-_VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
 _RELATED = 0.2  # share of lines of a relation
 _SEVERAL = 0.3  # share of several things among the others
 # chance that a line says each of these
@@ -37,8 +36,9 @@ def _relation(rng: Rng, right: bool) -> str:
         fits = cells[0] != cells[1] and related(cells[0], word, cells[1]) == right
         if fits and shapes[0] != shapes[1] and not held_out.is_held(shapes[0], word, shapes[1]):
             break
-    there = enumerate_words([f"in the {CELL_NAMES[cell]}" for cell in cells])
-    return f"the {shapes[0]} is {word} the {shapes[1]}: {there}"
+    relation = Relation(0, word, 1)
+    asked = language.usual_relation(Goal(tuple(Group(1, s) for s in shapes), (relation,)), relation)
+    return f"{asked}: {enumerate_words([language.within(cell) for cell in cells])}"
 
 
 def _things(rng: Rng, right: bool) -> str:
@@ -72,7 +72,7 @@ def _group(rng: Rng) -> Group:
 
 def _fitting(rng: Rng, group: Group) -> Thing:
     cells = sorted(PLACES[group.place]) if group.place else range(CELLS)
-    looks = (getattr(group, name) or pick(rng, values) for name, values in _VALUES.items())
+    looks = (getattr(group, name) or pick(rng, values) for name, values in LOOKS.items())
     return Thing(pick(rng, cells), *looks)
 
 
@@ -81,5 +81,4 @@ def _unfitting(rng: Rng, group: Group, wrong: str) -> Thing:
     thing = _fitting(rng, group)
     if wrong == "place":
         return thing._replace(cell=pick(rng, sorted({*range(CELLS)} - PLACES[group.place])))
-    values = [value for value in _VALUES[wrong] if value != getattr(group, wrong)]
-    return thing._replace(**{wrong: pick(rng, values)})
+    return scenes.changed(rng, thing, wrong)

@@ -225,7 +225,7 @@ def _draw(rng: np.random.Generator, scene: Scene, kind: str) -> Edit:
     if kind == "remove":
         becomes = _NOTHING
     elif kind == "recolour":
-        becomes = Description(colour=pick(rng, [c for c in COLOURS if c != thing.colour]))
+        becomes = Description(colour=scenes.changed(rng, thing, "colour").colour)
     elif kind == "resize":
         becomes = Description(size=next(size for size in SIZES if size != thing.size))
     elif kind == "replace":

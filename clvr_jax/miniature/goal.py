@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 from clvr_jax.miniature import assignment
 from clvr_jax.miniature.places import OPPOSITE, PLACES, RELATIONS, related
-from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
+from clvr_jax.miniature.scene import COLOURS, LOOKS, MOST, SHAPES, SIZES, Scene, Thing
 
-ATTRIBUTES = ("shape", "colour", "size")
+ATTRIBUTES = tuple(LOOKS)
 
 
 class Group(NamedTuple):

@@ -10,11 +10,11 @@ from clvr_jax.miniature.goal import Goal
 from clvr_jax.miniature.held_out import is_clean
 from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.parse import parse_edit, parse_prompt
-from clvr_jax.miniature.scene import COLOURS, MOST, SHAPES, SIZES, Scene, Thing
+from clvr_jax.miniature.scene import LOOKS, MOST, Scene, Thing
+from clvr_jax.miniature.scenes import changed
 from clvr_jax.miniature.teacher.layout import layout
 
-_VALUES = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}
-_MISTAKES = (*_VALUES, "missing", "extra", "moved")
+_MISTAKES = (*LOOKS, "missing", "extra", "moved")
 _UNDONE = 0.3  # of the chance of a mistake: an edit changes nothing at all
 _ANYWHERE = 0.5  # of that chance: in a drawing from nothing, things stand anywhere
 _CROWD = 4  # things from which on each is as likely to come out wrong as it may be
@@ -58,13 +58,12 @@ class Painter:
         """Make one mistake: a thing too few, too many, elsewhere, or of another look."""
         kind = pick(self.rng, _MISTAKES)
         if not scene.things or (kind == "extra" and len(scene.things) < MOST):
-            look = (pick(self.rng, values) for values in _VALUES.values())
+            look = (pick(self.rng, values) for values in LOOKS.values())
             return scene.put(Thing(pick(self.rng, scene.free()), *look))
         thing = pick(self.rng, scene.things)
         left = scene.without(thing.cell)
-        if kind in _VALUES:
-            others = [value for value in _VALUES[kind] if value != getattr(thing, kind)]
-            return left.put(thing._replace(**{kind: pick(self.rng, others)}))
+        if kind in LOOKS:
+            return left.put(changed(self.rng, thing, kind))
         if kind == "moved":
             return left.put(thing._replace(cell=pick(self.rng, scene.free())))
         return left

@@ -12,6 +12,7 @@ import numpy as np
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "black")
 SIZES = ("small", "large")
+LOOKS = {"shape": SHAPES, "colour": COLOURS, "size": SIZES}  # of a thing, wherever it is
 ROWS, COLUMNS = 4, 4
 CELLS = ROWS * COLUMNS
 MOST = 8  # things of a scene

@@ -9,7 +9,7 @@ from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.goal import Goal, Group
 from clvr_jax.miniature.held_out import BANS, COLOURS_OF, PAIRS, SHAPES_OF, Split
 from clvr_jax.miniature.places import OPPOSITE, ORDER, PLACES, RELATIONS, SO_TO
-from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SHAPES, SIZES, Scene, Thing
+from clvr_jax.miniature.scene import CELLS, COLOURS, LOOKS, MOST, SHAPES, SIZES, Scene, Thing
 
 _ALL = (1 << CELLS) - 1
 _TWINS = 0.3  # share of scenes of anything in which several things are alike
@@ -51,6 +51,12 @@ def kind(
     if shape is None:
         return pick(rng, SHAPES if free else SHAPES_OF[colour]), colour
     return shape, colour or pick(rng, COLOURS if free else COLOURS_OF[shape])
+
+
+def changed(rng: np.random.Generator, thing: Thing, name: str) -> Thing:
+    """Return a thing of another shape, colour or size: `name` is a key of `LOOKS`."""
+    others = [value for value in LOOKS[name] if value != getattr(thing, name)]
+    return thing._replace(**{name: pick(rng, others)})
 
 
 def draw(

@@ -149,7 +149,7 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         index, relation = key
         if relation:
             ends = (served[relation.first], served[relation.second])
-            there = [f"in the {CELL_NAMES[thing.cell]}" for thing in ends]
+            there = [within(thing.cell) for thing in ends]
         else:
             mine = [t for slot, t in zip(slots, things, strict=True) if slot == index and t]
             there = [thing_words(t, goal.groups[index].place is not None) for t in mine]
@@ -182,7 +182,12 @@ def several(count: int) -> str:
 def thing_words(thing: Thing, placed: bool = False) -> str:
     """Return "a small red star", with its cell if asked for, always in the same words."""
     words = article(kind_name(thing.shape, thing.colour, thing.size))
-    return f"{words} in the {CELL_NAMES[thing.cell]}" if placed else words
+    return f"{words} {within(thing.cell)}" if placed else words
+
+
+def within(cell: int) -> str:
+    """Return "in the top left corner", always in the same words."""
+    return f"in the {CELL_NAMES[cell]}"
 
 
 def inventory(rng: Rng, scene: Scene) -> str:
