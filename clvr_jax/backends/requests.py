@@ -72,10 +72,10 @@ EDIT_CHECKLIST = Request(
 VERIFY = Request(  # the last picture, behind those that it was made from
     "Answer each question about the last picture with yes or no, one a line.\n{questions}"
 )
-CRITIQUE = Request(
-    "Say what is wrong in the picture, one fault a line, after its kind and a colon: missing, "
-    "extra, colour, shape, size, place, relation or unclear. If there is none, say: nothing is "
-    "wrong. The picture should show: {goal}"
+CRITIQUE = Request(  # who has said what is there for each thing finds the faults
+    "Go through the picture in a line that begins with check and a colon. Then say what is wrong, "
+    "one fault a line, after its kind and a colon: missing, extra, colour, shape, size, place, "
+    "relation or unclear. If there is none, say: nothing is wrong. The picture should show: {goal}"
 )
 CHOOSE = Request(
     "Say which picture is better, A for the first, B for the second, or tie, then a colon and why. "
@@ -145,12 +145,16 @@ def checks(reply: str, count: int) -> list[bool]:
 def faults(reply: str) -> list[str]:
     """Return the kinds of faults, of `FAULTS`, that an answer to `CRITIQUE` names; empty for none.
 
+    Lines of checks are passed over; they may be left out.
+
     Raises:
-      ValueError: a line begins with no kind, or there is none and it does not say so.
+      ValueError: another line begins with no kind, or there is none and it does not say so.
     """
-    if re.match(r"\W*nothing is wrong\b", reply, re.IGNORECASE):
+    lines = [line for line in reply.splitlines() if line.strip()]
+    lines = [line for line in lines if not re.match(r"\W*checks?\b", line, re.IGNORECASE)]
+    if lines and re.match(r"\W*nothing is wrong\b", lines[0], re.IGNORECASE):
         return []
-    heads = [line.partition(":")[0].lower() for line in reply.splitlines() if line.strip()]
+    heads = [line.partition(":")[0].lower() for line in lines]
     kinds = [[word for word in re.findall(r"\w+", head) if word in FAULTS] for head in heads]
     if not kinds or not all(kinds):
         raise ValueError(

@@ -4,6 +4,8 @@ In drawings nearly all is as it should be, and most of what is wrong is missing:
 learn from that a red circle is no red square. Here every line differs in one point or in none.
 """
 
+from typing import NamedTuple
+
 from clvr_jax.miniature import held_out, scenes
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import Goal, Group, Relation
@@ -19,16 +21,25 @@ _SEVERAL = 0.3  # share of several things among the others
 _SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.3}
 
 
-def line(rng: Rng) -> tuple[str, bool]:
-    """Return a line as `language.checked` begins it, "a red star: a small blue star".
+class Line(NamedTuple):
+    """One line.
 
-    And whether it is right.
+    Attributes:
+      asked: what is asked for and what is there, "a red star: a small blue star".
+      checked: the same as `language.checked` has it, point by point.
     """
+
+    asked: str
+    checked: str
+
+
+def line(rng: Rng) -> Line:
+    """Return a line, right or wrong."""
     right = bool(rng.random() < 0.5)
-    return (_relation(rng, right) if rng.random() < _RELATED else _things(rng, right)), right
+    return _relation(rng, right) if rng.random() < _RELATED else _things(rng, right)
 
 
-def _relation(rng: Rng, right: bool) -> str:
+def _relation(rng: Rng, right: bool) -> Line:
     word = pick(rng, RELATIONS)
     while True:
         cells = int(rng.integers(CELLS)), int(rng.integers(CELLS))
@@ -38,10 +49,11 @@ def _relation(rng: Rng, right: bool) -> str:
             break
     relation = Relation(0, word, 1)
     asked = language.usual_relation(Goal(tuple(Group(1, s) for s in shapes), (relation,)), relation)
-    return f"{asked}: {enumerate_words([language.within(cell) for cell in cells])}"
+    there = enumerate_words([language.within(cell) for cell in cells])
+    return Line(f"{asked}: {there}", f"{asked}: {language.stand(word, *cells)}")
 
 
-def _things(rng: Rng, right: bool) -> str:
+def _things(rng: Rng, right: bool) -> Line:
     while True:
         group = _group(rng)
         things = [_fitting(rng, group) for _ in range(group.count)]
@@ -55,7 +67,10 @@ def _things(rng: Rng, right: bool) -> str:
             break
     shown = sorted(things, key=lambda thing: thing.cell)
     there = [language.thing_words(thing, group.place is not None) for thing in shown]
-    return f"{language.usual(group)}: {enumerate_words(there)}"
+    asked = language.usual(group)
+    missing = language.missing(group, group.count - len(things))
+    checked = filter(None, (language.compared(group, shown), missing))
+    return Line(f"{asked}: {enumerate_words(there)}", f"{asked}: {', '.join(checked)}")
 
 
 def _group(rng: Rng) -> Group:

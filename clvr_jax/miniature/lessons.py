@@ -28,7 +28,7 @@ from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
 
-# share of each kind among short lessons, of a question and an answer
+# share of each kind among short lessons, of a question and an answer, unless others are given
 SHORT = {
     "inventory": 0.15,
     "caption": 0.05,
@@ -68,8 +68,26 @@ class Lesson(NamedTuple):
     pictures: list[Picture]
 
 
+def shares(given: Mapping[str, float | int]) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the shares of short lessons and of long ones, as of `SHORT` and `LONG`.
+
+    Args:
+      given: both together; what is not named is not learnt. Shares of a sort need not sum to 1.
+
+    Raises:
+      ValueError: a name is unknown, or a share is negative.
+    """
+    unknown = [name for name in given if name not in _LESSONS]
+    if unknown:
+        raise ValueError(f"no lessons {', '.join(unknown)}; choose from {', '.join(_LESSONS)}")
+    negative = {name: share for name, share in given.items() if share < 0}
+    if negative:
+        raise ValueError(f"shares of lessons are {negative}; none may be negative")
+    return tuple({n: float(given[n]) for n in sort if given.get(n)} for sort in (SHORT, LONG))
+
+
 def some_task(rng: Rng, tasks: Mapping[str, float]) -> str:
-    """Return one of the tasks by its share; `tasks` is `SHORT` or `LONG`."""
+    """Return one of the tasks by its share; `tasks` is of one sort, as `shares` returns."""
     names, shares = zip(*tasks.items(), strict=True)
     return names[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
 
@@ -181,8 +199,8 @@ def _repeat(rng: Rng) -> Lesson:
 def _compare(rng: Rng) -> Lesson:
     """Lines as `language.checked` has them, half of them wrong in one point."""
     lines = [comparisons.line(rng) for _ in range(_PAIRS)]
-    asked = "\n".join(line for line, _ in lines)
-    said = language.sentence(*(f"{line}, {'yes' if right else 'no'}" for line, right in lines))
+    asked = "\n".join(line.asked for line in lines)
+    said = language.sentence(*(line.checked for line in lines))
     return Lesson([COMPARE.message(pairs=asked), assistant(said)], [])
 
 

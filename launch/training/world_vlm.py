@@ -10,7 +10,7 @@ from PIL import Image
 from clvr_jax.data.packing import Shape
 from clvr_jax.data.plan import Epochs, Step, rows_of_process, shuffled
 from clvr_jax.miniature.chance import Rng
-from clvr_jax.miniature.lessons import LONG, SHORT, lesson, some_task
+from clvr_jax.miniature.lessons import lesson, shares, some_task
 from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.samples import Stream, row_generator
@@ -26,10 +26,10 @@ from launch.training.vlm import find, stage
 __all__ = ["data", "find", "networks", "stage"]
 
 Drawn = tuple[Example, list[Picture]]
-_PARTS = 4  # rows of short lessons alone that are as long as one with a long one
-_LEAST = 200  # tokens of the longest short lesson, about
+_PARTS = 2  # rows of short lessons alone that are as long as one with a long one
+_LEAST = 400  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 11  # of what the lessons are; another one is other data
+_VERSION = 12  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:
@@ -68,7 +68,8 @@ def data(
       epochs, validation: not for this stage.
 
     Raises:
-      ValueError: another split, validation, no number of steps, or rows too short.
+      ValueError: another split, validation, no number of steps, rows too short, or shares of
+        lessons that are no shares.
     """
     if split != "train" or validation:
         raise ValueError(
@@ -76,6 +77,10 @@ def data(
             "and no --config.data.validation"
         )
     world.require_steps(steps)
+    short, long = shares(config.lessons)
+    for name, tasks in (("short", short), ("long", long)):
+        if not tasks and (name == "short" or config.tasks.long):
+            raise ValueError(f"no share of {name} lessons is above 0; give one of --config.lessons")
     reads, cfg = vlm.reader(config, weights), weights.config
     patches = (SIDE // cfg.vision.patch) ** 2
     row = Shape(config.data.tokens, config.data.images, patches)
@@ -95,8 +100,8 @@ def data(
         shaped = lambda i: parts[i].reshape(config.batch.accumulation, -1)
         return [Step(kinds[i][0], shaped(i)) for i in order]
 
-    def draw(rng: Rng, long: bool) -> Drawn:
-        said = lesson(rng, some_task(rng, LONG if long else SHORT))
+    def draw(rng: Rng, begins: bool) -> Drawn:
+        said = lesson(rng, some_task(rng, long if begins else short))
         return encode(said.messages, reads, cfg), said.pictures
 
     def make(step: Step) -> Arrays:
@@ -119,7 +124,7 @@ def data(
 
     return world.endless(
         split,
-        fingerprint=f"conversations {_VERSION} {split} seed {config.seed}",
+        fingerprint=f"conversations {_VERSION} {split} seed {config.seed} {short | long}",
         steps=Epochs(plan, steps=steps),
         make=make,
         unit="rows",

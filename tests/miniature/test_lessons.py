@@ -92,6 +92,17 @@ def test_nothing_held_out_is_said_and_no_prompt_of_another_split():
     assert partial > 2
 
 
+def test_shares_of_lessons_are_given_by_name():
+    assert lessons.shares({"story": 0.5, "caption": 2, "verify": 0.0}) == (
+        {"caption": 2},
+        {"story": 0.5},
+    )
+    with pytest.raises(ValueError, match="no lessons captoin; choose from inventory, caption"):
+        lessons.shares({"captoin": 1.0})
+    with pytest.raises(ValueError, match=r"'caption': -1.*none may be negative"):
+        lessons.shares({"caption": -1})
+
+
 def test_tasks_are_drawn_by_their_shares():
     for tasks in (lessons.SHORT, lessons.LONG):
         assert sum(tasks.values()) == pytest.approx(1)
@@ -164,10 +175,12 @@ def test_comparisons_are_true_and_half_of_them_are_wrong():
         answered = said.messages[1].text.rstrip(".").split(". ")
         assert len(asked) == len(answered) == 4
         for line, judged in zip(asked, answered):
-            text, _, verdict = judged.rpartition(", ")
-            assert text[0].lower() + text[1:] == line
-            verdicts.append(verdict == "yes")
             wanted, there = line.split(": ")
+            assert judged.lower().startswith(f"{wanted}: ")
+            verdicts.append(not re.search(r" no\b|missing", judged))
+            for seen, wish, no in re.findall(r"(\w+) for (\w+)( no)?(?:,|$)", judged):
+                if wish not in ("row", "column", "half", "middle", "corner"):
+                    assert (seen == wish) == (not no), judged
             places = re.findall(r"in the ([a-z ]+?)(?: and|$)", there)
             if " is " in wanted:
                 word = re.search("left of|right of|above|below", wanted)[0]

@@ -193,12 +193,15 @@ def test_answers_of_models_are_read_with_tolerance():
         "size",
         "extra",
     ]
+    assert requests.faults("Check: a star in no place: none.\nmissing: a star") == ["missing"]
+    assert requests.faults("checks: a star, star for star.\n\nNothing is wrong.") == []
     given = 'Here: {"scene": "a star", "edit": "add a star", "references": [2, 1]}'
     assert requests.proxy(given) == Proxy(scene="a star", edit="add a star", references=(2, 1))
     for read, reply in (
         (lambda text: requests.checks(text, 2), "yes"),
         (requests.choice, "Both"),
         (requests.faults, "it is bad"),
+        (requests.faults, "check: all of it"),
         (requests.proxy, "none"),
         (requests.proxy, '{"scene": "a star", "edit": "add a star"}'),
     ):

@@ -117,8 +117,10 @@ def _verify(sights: Sights, rng: Rng, seed: str, questions: str) -> str:
 
 
 def _critique(sights: Sights, rng: Rng, seed: str, goal: str) -> str:
-    said = language.wrong(rng, parse_prompt(goal), _last(sights))
-    return "\n".join(f"{kind}: {words}" for kind, words in said) or language.NO_FAULT
+    wish, sight = parse_prompt(goal), _last(sights)
+    check = language.sentence(language.seen(rng, sight), *language.checked(rng, wish, sight))
+    faults = [f"{kind}: {words}" for kind, words in language.wrong(rng, wish, sight)]
+    return "\n".join([f"check: {check}", *(faults or [language.NO_FAULT])])
 
 
 def _choose(sights: Sights, rng: Rng, seed: str, goal: str) -> str:

@@ -127,7 +127,7 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
     if not story.sights:
         return _opening(story, action, rng)
     last, base = len(story.sights), action.references[-1] if action.references else None
-    parts = [*_judge(story, rng), _see(story, rng), *_check(story, rng)]
+    parts = [*_judge(story, rng), language.seen(rng, story.sights[-1]), *_check(story, rng)]
     if base is None:
         return sentence(*parts, vary(rng, language.ANEW))
     if base < last:
@@ -141,7 +141,7 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
 def closing(story: Story, rng: Rng) -> str:
     """Return the last narrative."""
     done = [vary(rng, language.DONE)] if story.done else []
-    parts = [*_judge(story, rng), _see(story, rng), *_check(story, rng), *done]
+    parts = [*_judge(story, rng), language.seen(rng, story.sights[-1]), *_check(story, rng), *done]
     return sentence(*parts, vary(rng, language.STOP))
 
 
@@ -164,10 +164,6 @@ def _judge(story: Story, rng: Rng) -> list[str]:
         language.WORKED if after < before else language.SAME if after == before else language.WORSE
     )
     return [vary(rng, forms)]
-
-
-def _see(story: Story, rng: Rng) -> str:
-    return f"{vary(rng, language.SEE)} {language.inventory(rng, story.sights[-1].scene)}"
 
 
 def _check(story: Story, rng: Rng) -> list[str]:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
-from clvr_jax.miniature.places import CELL_NAMES
+from clvr_jax.miniature.places import CELL_NAMES, COLUMN_NAMES, PLACES, ROW_NAMES, related
 from clvr_jax.miniature.references import say
-from clvr_jax.miniature.scene import Scene, Thing
+from clvr_jax.miniature.scene import COLUMNS, Scene, Thing
 from clvr_jax.miniature.sentences import names
 from clvr_jax.miniature.teacher.changes import mark
 from clvr_jax.miniature.teacher.sight import Sight
@@ -129,44 +129,79 @@ def listed(goal: Goal) -> list[str]:
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return of every group and relation what is there for it and whether that is right.
 
-    As `listed` has them: "a star: a small red star, yes", "two rings: a large blue ring, no, one is
-    missing"; then what is wrong beside. Where places count, they are said. Of what is missing, no
-    relation can be told.
+    As `listed` has them, point by point (see `compared`): "a star: a small red ring, ring for star
+    no", "two rings: a large blue ring, ring for ring, one is missing"; then what is wrong beside.
+    Of what is missing, no relation can be told.
     """
     slots, things, _ = goal.assign(sight.scene)
     served = dict(zip(slots, things, strict=True))
     of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
     for fault in sight.faults(goal):
         of.setdefault((fault.group, fault.relation), []).append(fault)
-    asked = {(i, None): usual(group) for i, group in enumerate(goal.groups)}
-    asked |= {
-        (r.first, r): usual_relation(goal, r)
-        for r in goal.relations
-        if served[r.first] and served[r.second]
-    }
     said = []
-    for key, words in asked.items():
-        index, relation = key
-        if relation:
-            ends = (served[relation.first], served[relation.second])
-            there = [within(thing.cell) for thing in ends]
-        else:
-            mine = [t for slot, t in zip(slots, things, strict=True) if slot == index and t]
-            there = [thing_words(t, goal.groups[index].place is not None) for t in mine]
-        words += f": {enumerate_words(there)}," if there else ":"
-        faults = of.pop(key, [])
-        missing = [fault for fault in faults if fault.kind == "missing"]
-        if relation:  # what it should be has just been said
-            why = ""
-        elif missing:
-            count = "it" if goal.groups[index].count == 1 else number(len(missing))
-            why = f"{count} {'is' if len(missing) == 1 else 'are'} missing"
-        elif faults:
-            why = _wrong(rng, goal, sight.scene, _together(faults)[0])
-        said.append(f"{words} no{why and f', {why}'}" if faults else f"{words} yes")
+    for index, group in enumerate(goal.groups):
+        mine = [t for slot, t in zip(slots, things, strict=True) if slot == index and t]
+        faults = of.pop((index, None), [])
+        absent = sum(fault.kind == "missing" for fault in faults)
+        parts = [compared(group, mine), missing(group, absent)]
+        if faults and not absent:
+            parts.append(_wrong(rng, goal, sight.scene, _together(faults)[0]))
+        said.append(f"{usual(group)}: {', '.join(filter(None, parts))}")
+    for relation in goal.relations:
+        ends = served[relation.first], served[relation.second]
+        of.pop((relation.first, relation), None)
+        if all(ends):
+            cells = [thing.cell for thing in ends]
+            said.append(f"{usual_relation(goal, relation)}: {stand(relation.word, *cells)}")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
+
+
+def compared(group: Group, things: Sequence[Thing]) -> str:
+    """Return each thing and all that is asked of it: "a small red star, red for blue no, ...".
+
+    What is there stands beside what is asked for, so that no more than two words are compared at
+    once. Where places count, they are said, at last as coarsely as the place that is asked for.
+    """
+    said = []
+    for thing in things:
+        wrong = group.wrong(thing)
+        said.append(thing_words(thing, group.place is not None))
+        for name in ("size", "colour", "shape", "place"):
+            asked = getattr(group, name)
+            if asked:
+                found = whereabouts(thing.cell, asked) if name == "place" else getattr(thing, name)
+                said.append(f"{found} for {asked}{' no' * (name in wrong)}")
+    return ", ".join(said)
+
+
+def missing(group: Group, count: int) -> str:
+    """Return "it is missing" or "two are missing", nothing where nothing is."""
+    which = "it" if group.count == 1 else number(count)
+    return f"{which} {'is' if count == 1 else 'are'} missing" if count else ""
+
+
+def stand(word: str, first: int, second: int) -> str:
+    """Return "top row and second row": where two cells are; with "no" if the first is not above."""
+    if word in ("above", "below"):
+        ends = [ROW_NAMES[cell // COLUMNS] for cell in (first, second)]
+    else:
+        ends = [COLUMN_NAMES[cell % COLUMNS] for cell in (first, second)]
+    return f"{' and '.join(ends)}{' no' * (not related(first, word, second))}"
+
+
+def whereabouts(cell: int, place: str) -> str:
+    """Return where a cell is: its row if rows alone tell whether that is in the place.
+
+    Or its column, if columns do; else its name.
+    """
+    cells = PLACES[place]
+    for lines in (ROW_NAMES, COLUMN_NAMES):
+        crossing = [name for name in lines if PLACES[name] & cells]
+        if cells == frozenset().union(*(PLACES[name] for name in crossing)):
+            return next(name for name in lines if cell in PLACES[name])
+    return CELL_NAMES[cell]
 
 
 def number(count: int) -> str:
@@ -188,6 +223,11 @@ def thing_words(thing: Thing, placed: bool = False) -> str:
 def within(cell: int) -> str:
     """Return "in the top left corner", always in the same words."""
     return f"in the {CELL_NAMES[cell]}"
+
+
+def seen(rng: Rng, sight: Sight) -> str:
+    """Return "I see a small red star and a large blue ring"."""
+    return f"{vary(rng, SEE)} {inventory(rng, sight.scene)}"
 
 
 def inventory(rng: Rng, scene: Scene) -> str:
