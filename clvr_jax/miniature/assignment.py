@@ -11,7 +11,8 @@ from clvr_jax.miniature.scene import Thing
 if TYPE_CHECKING:
     from clvr_jax.miniature.goal import Goal
 
-POINTS = {"shape": 3, "colour": 2, "size": 1, "place": 1, "relation": 1}
+POINTS = {"shape": 6, "colour": 4, "size": 2, "place": 2, "relation": 2}
+EXACT = 1  # for a thing that is all as asked: of equals, the one that leaves more as they are
 _FULL = sum(POINTS.values())
 
 
@@ -26,7 +27,8 @@ def best(goal: "Goal", things: tuple[Thing, ...]) -> list[int | None]:
     points = np.zeros((len(slots), max(len(slots), len(things))), int)  # past things: none left
     for s, g in enumerate(slots):
         for k, thing in enumerate(things):
-            points[s, k] = _FULL - sum(POINTS[name] for name in goal.groups[g].wrong(thing))
+            wrong = goal.groups[g].wrong(thing)
+            points[s, k] = _FULL - sum(POINTS[name] for name in wrong) + EXACT * (not wrong)
     slot_of = {g: s for s, g in enumerate(slots)}
     ties = [(slot_of[r.first], r.word, slot_of[r.second]) for r in goal.relations]
     bound = sorted({s for first, _, second in ties for s in (first, second)})

@@ -10,22 +10,22 @@ from clvr_jax.miniature import held_out, scenes
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.places import PLACES, RELATIONS, related
+from clvr_jax.miniature.places import COORDINATES, PLACES, RELATIONS, related
 from clvr_jax.miniature.scene import CELLS, LOOKS, SHAPES, SIZES, Thing
 from clvr_jax.miniature.teacher import language
 from clvr_jax.miniature.words import enumerate_words
 
-_RELATED = 0.2  # share of lines of a relation
+_RELATED = 0.3  # share of lines of a relation
 _SEVERAL = 0.3  # share of several things among the others
 # chance that a line says each of these
-_SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.3}
+_SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.4}
 
 
 class Line(NamedTuple):
     """One line.
 
     Attributes:
-      asked: what is asked for and what is there, "a red star: a small blue star".
+      asked: what is asked for and what is there, "a red star: at b2 a small blue star".
       checked: the same as `language.checked` has it, point by point.
     """
 
@@ -49,7 +49,7 @@ def _relation(rng: Rng, right: bool) -> Line:
             break
     relation = Relation(0, word, 1)
     asked = language.usual_relation(Goal(tuple(Group(1, s) for s in shapes), (relation,)), relation)
-    there = enumerate_words([language.within(cell) for cell in cells])
+    there = enumerate_words([COORDINATES[cell] for cell in cells])
     return Line(f"{asked}: {there}", f"{asked}: {language.stand(word, *cells)}")
 
 
@@ -66,7 +66,7 @@ def _things(rng: Rng, right: bool) -> Line:
         if apart and not any((thing.shape, thing.colour) in held_out.PAIRS for thing in things):
             break
     shown = sorted(things, key=lambda thing: thing.cell)
-    there = [language.thing_words(thing, group.place is not None) for thing in shown]
+    there = [language.at(thing) for thing in shown]
     asked = language.usual(group)
     missing = language.missing(group, group.count - len(things))
     checked = filter(None, (language.compared(group, shown), missing))

@@ -151,7 +151,7 @@ def _asked_for(rng: Rng) -> tuple[prompts.Prompt, Scene]:
     """A prompt and a scene for it, in which something may be wrong."""
     prompt, scene = prompts.sample(rng, None, Split.TRAIN)
     if rng.random() >= RIGHT:
-        scene = _edited(rng, scene, int(rng.integers(1, 3)))
+        scene = _edited(rng, scene, int(rng.integers(1, 5)))
     return prompt, scene
 
 

@@ -2,6 +2,8 @@
 
 from clvr_jax.miniature.scene import CELLS, COLUMNS, ROWS
 
+# cells in short, as on a chessboard that is counted from the top: "a1" is the top left corner
+COORDINATES = tuple(f"{'abcd'[cell % COLUMNS]}{cell // COLUMNS + 1}" for cell in range(CELLS))
 ROW_NAMES = ("top row", "second row", "third row", "bottom row")
 COLUMN_NAMES = ("leftmost column", "second column", "third column", "rightmost column")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.miniature import edits, prompts, scenes
-from clvr_jax.miniature.assignment import POINTS
+from clvr_jax.miniature.assignment import EXACT, POINTS
 from clvr_jax.miniature.goal import Fault, Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.places import CELL_NAMES, PLACES, related
@@ -36,6 +36,7 @@ def worth(goal: Goal, things: tuple) -> int:
         if thing is not None:
             wrong = goal.groups[group].wrong(thing)
             total += sum(POINTS.values()) - sum(POINTS[name] for name in wrong)
+            total += EXACT * (not wrong)
     of = dict(zip(goal.slots, things))
     for a, word, b in goal.relations:
         if of[a] and of[b] and related(of[a].cell, word, of[b].cell):
@@ -65,6 +66,13 @@ def test_two_groups_may_fit_one_thing():
     assert goal.holds(Scene((RED_CIRCLE, BLUE_CIRCLE)))  # whichever order the things come in
     assert goal.holds(Scene((RED_CIRCLE._replace(cell=9), BLUE_CIRCLE)))
     assert not goal.holds(Scene((BLUE_CIRCLE, BLUE_CIRCLE._replace(cell=1))))
+
+
+def test_of_equal_assignments_the_one_that_leaves_more_as_it_is_is_best():
+    """A cyan cross is the cross that is asked for, not a star of another shape."""
+    goal = Goal((Group(1, "star", "cyan"), Group(1, "cross", "cyan")))
+    cyan, purple = Thing(5, "cross", "cyan", "small"), Thing(9, "cross", "purple", "small")
+    assert goal.assign(Scene((cyan, purple))).things == (purple, cyan)
 
 
 def test_relation_picks_the_thing_that_keeps_it():

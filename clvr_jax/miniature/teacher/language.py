@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
-from clvr_jax.miniature.places import CELL_NAMES, COLUMN_NAMES, PLACES, ROW_NAMES, related
+from clvr_jax.miniature.places import CELL_NAMES, COORDINATES, related
 from clvr_jax.miniature.references import say
-from clvr_jax.miniature.scene import COLUMNS, Scene, Thing
+from clvr_jax.miniature.scene import Scene, Thing
 from clvr_jax.miniature.sentences import names
 from clvr_jax.miniature.teacher.changes import mark
 from clvr_jax.miniature.teacher.sight import Sight
@@ -52,6 +52,7 @@ BEGIN = ("I begin with {some}, the rest comes later", "first I draw {some} and l
 DONE = ("all is right", "this is what was asked for", "nothing is missing and nothing is wrong")
 STOP = ("I stop here", "I am done", "so I stop")
 
+NONE = "none"
 NO_FAULT = "nothing is wrong"
 SAME_PICTURE = "nothing has changed"
 GONE = ("{thing} is gone", "{thing} is not there any more")
@@ -129,18 +130,18 @@ def listed(goal: Goal) -> list[str]:
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return of every group and relation what is there for it and whether that is right.
 
-    As `listed` has them, point by point (see `compared`): "a star: a small red ring, ring for star
-    no", "two rings: a large blue ring, ring for ring, one is missing"; then what is wrong beside.
-    Of what is missing, no relation can be told.
+    As `listed` has them, point by point (see `compared`): "a star: at b2 a small red ring, ring for
+    star no", "two rings: at c3 a large blue ring, ring for ring, one is missing"; then what serves
+    for nothing, and what is wrong beside. Of what is missing, no relation can be told.
     """
-    slots, things, _ = goal.assign(sight.scene)
+    slots, things, extra = goal.assign(sight.scene)
     served = dict(zip(slots, things, strict=True))
     of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
     for fault in sight.faults(goal):
         of.setdefault((fault.group, fault.relation), []).append(fault)
     said = []
     for index, group in enumerate(goal.groups):
-        mine = [t for slot, t in zip(slots, things, strict=True) if slot == index and t]
+        mine = sorted(t for slot, t in zip(slots, things, strict=True) if slot == index and t)
         faults = of.pop((index, None), [])
         absent = sum(fault.kind == "missing" for fault in faults)
         parts = [compared(group, mine), missing(group, absent)]
@@ -153,27 +154,35 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         if all(ends):
             cells = [thing.cell for thing in ends]
             said.append(f"{usual_relation(goal, relation)}: {stand(relation.word, *cells)}")
+    over = [COORDINATES[thing.cell] for thing in extra]
+    said.append(f"not used: {enumerate_words(over) if over else NONE}")
     beside = [f for faults in of.values() for f in faults]
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
 
 
 def compared(group: Group, things: Sequence[Thing]) -> str:
-    """Return each thing and all that is asked of it: "a small red star, red for blue no, ...".
+    """Return each thing and all that is asked of it: "at b2 a small red star, red for blue no".
 
-    What is there stands beside what is asked for, so that no more than two words are compared at
-    once. Where places count, they are said, at last as coarsely as the place that is asked for.
+    Where a thing is comes first: that alone tells it from its twins. What is there stands beside
+    what is asked for, so that no more than two words are compared at once.
     """
     said = []
     for thing in things:
         wrong = group.wrong(thing)
-        said.append(thing_words(thing, group.place is not None))
+        said.append(at(thing))
         for name in ("size", "colour", "shape", "place"):
             asked = getattr(group, name)
             if asked:
-                found = whereabouts(thing.cell, asked) if name == "place" else getattr(thing, name)
+                found = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
                 said.append(f"{found} for {asked}{' no' * (name in wrong)}")
     return ", ".join(said)
+
+
+def at(thing: Thing) -> str:
+    """Return "at b2 a small red star"."""
+    what = article(kind_name(thing.shape, thing.colour, thing.size))
+    return f"at {COORDINATES[thing.cell]} {what}"
 
 
 def missing(group: Group, count: int) -> str:
@@ -183,30 +192,14 @@ def missing(group: Group, count: int) -> str:
 
 
 def stand(word: str, first: int, second: int) -> str:
-    """Return "top row and second row": where two cells are; with "no" if the first is not above."""
-    if word in ("above", "below"):
-        ends = [ROW_NAMES[cell // COLUMNS] for cell in (first, second)]
-    else:
-        ends = [COLUMN_NAMES[cell % COLUMNS] for cell in (first, second)]
-    return f"{' and '.join(ends)}{' no' * (not related(first, word, second))}"
-
-
-def whereabouts(cell: int, place: str) -> str:
-    """Return where a cell is: its row if rows alone tell whether that is in the place.
-
-    Or its column, if columns do; else its name.
-    """
-    cells = PLACES[place]
-    for lines in (ROW_NAMES, COLUMN_NAMES):
-        crossing = [name for name in lines if PLACES[name] & cells]
-        if cells == frozenset().union(*(PLACES[name] for name in crossing)):
-            return next(name for name in lines if cell in PLACES[name])
-    return CELL_NAMES[cell]
+    """Return "b2 above b3", with "no" if that is not so."""
+    said = f"{COORDINATES[first]} {word} {COORDINATES[second]}"
+    return said if related(first, word, second) else f"{said} no"
 
 
 def number(count: int) -> str:
     """Return "none", "one", "two"."""
-    return NUMBERS[count - 1] if count else "none"
+    return NUMBERS[count - 1] if count else NONE
 
 
 def several(count: int) -> str:
@@ -214,26 +207,10 @@ def several(count: int) -> str:
     return f"{number(count)} thing{'s' * (count != 1)}"
 
 
-def thing_words(thing: Thing, placed: bool = False) -> str:
-    """Return "a small red star", with its cell if asked for, always in the same words."""
-    words = article(kind_name(thing.shape, thing.colour, thing.size))
-    return f"{words} {within(thing.cell)}" if placed else words
-
-
-def within(cell: int) -> str:
-    """Return "in the top left corner", always in the same words."""
-    return f"in the {CELL_NAMES[cell]}"
-
-
 def seen(rng: Rng, sight: Sight) -> str:
-    """Return "I see a small red star and a large blue ring"."""
-    return f"{vary(rng, SEE)} {inventory(rng, sight.scene)}"
-
-
-def inventory(rng: Rng, scene: Scene) -> str:
-    """Return "a small red star and a large blue ring": what is there, in the order of the cells."""
-    items = [thing_words(thing) for thing in scene.things]
-    return enumerate_words(items) if items else pick(rng, NOTHING)
+    """Return "I see at a1 a small red star and at c2 a large blue ring", in the order of cells."""
+    items = [at(thing) for thing in sight.scene.things]
+    return f"{vary(rng, SEE)} {enumerate_words(items) if items else pick(rng, NOTHING)}"
 
 
 def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
