@@ -1,4 +1,4 @@
-"""What is asked for beside what is there for it: the lines of a check, half of them wrong.
+"""The two steps of a check by themselves: finding what is asked for, and comparing it.
 
 In drawings nearly all is as it should be, and most of what is wrong is missing: too few examples to
 learn from that a red circle is no red square. Here every line differs in one point or in none.
@@ -11,12 +11,13 @@ from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
 from clvr_jax.miniature.places import COORDINATES, PLACES, RELATIONS, related
-from clvr_jax.miniature.scene import CELLS, LOOKS, SHAPES, SIZES, Thing
+from clvr_jax.miniature.scene import CELLS, LOOKS, SHAPES, SIZES, Scene, Thing
 from clvr_jax.miniature.teacher import language
 from clvr_jax.miniature.words import enumerate_words
 
 _RELATED = 0.3  # share of lines of a relation
 _SEVERAL = 0.3  # share of several things among the others
+_ASTRAY = 0.6  # share of wrong places among wrong lines that say one
 # chance that a line says each of these
 _SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.4}
 
@@ -25,8 +26,9 @@ class Line(NamedTuple):
     """One line.
 
     Attributes:
-      asked: what is asked for and what is there, "a red star: at b2 a small blue star".
-      checked: the same as `language.checked` has it, point by point.
+      asked: what is asked for, and what is there if that is given: "a red star: at b2 a small blue
+        star".
+      checked: the same with where it is, or as `language.checked` has it, point by point.
     """
 
     asked: str
@@ -37,6 +39,21 @@ def line(rng: Rng) -> Line:
     """Return a line, right or wrong."""
     right = bool(rng.random() < 0.5)
     return _relation(rng, right) if rng.random() < _RELATED else _things(rng, right)
+
+
+def found(rng: Rng, scene: Scene) -> Line:
+    """Return something that a scene has, asked for by some of its looks or its place, and where."""
+    thing = pick(rng, scene.things)
+    while True:
+        said = [rng.random() < share for share in _SAID.values()]
+        place = pick(rng, [name for name, cells in PLACES.items() if thing.cell in cells])
+        looks = (thing.shape, thing.colour, thing.size, place)
+        group = Group(1, *(v if s else None for v, s in zip(looks, said, strict=True)))
+        if any(said):
+            break
+    fitting = [other for other in scene.things if group.allows(other)]
+    asked = language.usual(group._replace(count=len(fitting)))
+    return Line(asked, f"{asked}: {', '.join(map(language.at, fitting))}")
 
 
 def _relation(rng: Rng, right: bool) -> Line:
@@ -58,7 +75,8 @@ def _things(rng: Rng, right: bool) -> Line:
         group = _group(rng)
         things = [_fitting(rng, group) for _ in range(group.count)]
         if not right:
-            wrong = pick(rng, [name for name in _SAID if getattr(group, name)])
+            said = [name for name in _SAID if getattr(group, name)]
+            wrong = "place" if group.place and rng.random() < _ASTRAY else pick(rng, said)
             things[0] = _unfitting(rng, group, wrong)
             if group.count > 1 and rng.random() < 0.5:
                 things = things[1:]  # one too few

@@ -39,7 +39,8 @@ SHORT = {
     "checklist": 0.05,
     "rewrite": 0.05,
     "repeat": 0.05,
-    "compare": 0.2,
+    "compare": 0.1,
+    "find": 0.1,
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
@@ -47,11 +48,13 @@ RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 5  # pictures of a story
-# asked by nobody else: who cannot find a word again, or tell whether two things are alike, cannot
-# compare a picture with a prompt, and in pictures nearly all is as it should be
+# asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
+# are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
 COMPARE = requests.Request("Is each of these what is asked for?\n{pairs}")
+FIND = requests.Request("Where is each of these?\n{things}\nThere is {seen}.")
 _PAIRS = 4  # of a comparison
+_FOUND = 6  # things that are looked for
 BLANK = Image.new("RGB", (SIDE, SIDE))
 _POLICY = Policy()
 
@@ -204,6 +207,15 @@ def _compare(rng: Rng) -> Lesson:
     return Lesson([COMPARE.message(pairs=asked), assistant(said)], [])
 
 
+def _find(rng: Rng) -> Lesson:
+    """Where things are, of which all is told that there is."""
+    scene = _scene(rng)
+    lines = [comparisons.found(rng, scene) for _ in range(_FOUND)]
+    things = "\n".join(line.asked for line in lines)
+    asked = FIND.message(things=things, seen=language.all_of(scene))
+    return Lesson([asked, assistant(language.sentence(*(line.checked for line in lines)))], [])
+
+
 def _goal(rng: Rng) -> str:
     return prompts.sample(rng, None, Split.TRAIN)[0].text
 
@@ -278,6 +290,7 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "rewrite": _rewrite,
     "repeat": _repeat,
     "compare": _compare,
+    "find": _find,
     "story": _story,
     "proxy": _proxy,
     "narrate": _narrate,

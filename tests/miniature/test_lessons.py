@@ -155,7 +155,7 @@ def test_proxy_prompts_and_narratives_end_a_story():
 
 
 def test_texts_alone_are_lessons_too():
-    for task in ("checklist", "rewrite", "repeat", "compare"):
+    for task in ("checklist", "rewrite", "repeat", "compare", "find"):
         assert all(not said.pictures for said in drawn(task, 4))
     for said in drawn("repeat", 8):
         assert said.messages[1].text == lessons.REPEAT.match(said.messages[0].text)["text"]
@@ -188,17 +188,37 @@ def test_comparisons_are_true_and_half_of_them_are_wrong():
     assert 0.4 < sum(verdicts) / len(verdicts) < 0.6
 
 
+def test_all_that_is_looked_for_is_found():
+    for said in drawn("find", 30):
+        fields = lessons.FIND.match(said.messages[0].text)
+        wanted, there = fields["things"].splitlines(), named(fields["seen"])
+        answered = said.messages[1].text.rstrip(".").split(". ")
+        for want, answer in zip(wanted, answered, strict=True):
+            asked, _, found = answer.partition(": ")
+            assert asked.lower() == want
+            group = parse_prompt(want).groups[0]
+            assert named(found) == [thing for thing in there if fits(group, *thing)]
+            assert len(named(found)) == group.count
+
+
 def holds(group, there):
     """Say if so many things are named, each as the group says."""
-    things = re.findall(r"at ([a-d][1-4]) a (small|large) (\w+) (\w+)(?:,| and|$)", there)
-    fits = [
+    things = named(there)
+    return len(things) == group.count and all(fits(group, *thing) for thing in things)
+
+
+def named(text):
+    """Return (cell, size, colour, shape) of each thing that a text names."""
+    return re.findall(r"at ([a-d][1-4]) an? (small|large) (\w+) (\w+)", text)
+
+
+def fits(group, cell, size, colour, shape):
+    return (
         group.size in (None, size)
         and group.colour in (None, colour)
         and group.shape in (None, shape)
         and (group.place is None or COORDINATES.index(cell) in PLACES[group.place])
-        for cell, size, colour, shape in things
-    ]
-    return len(fits) == group.count and all(fits)
+    )
 
 
 def test_unknown_tasks_are_refused():

@@ -208,9 +208,14 @@ def several(count: int) -> str:
 
 
 def seen(rng: Rng, sight: Sight) -> str:
-    """Return "I see at a1 a small red star and at c2 a large blue ring", in the order of cells."""
-    items = [at(thing) for thing in sight.scene.things]
-    return f"{vary(rng, SEE)} {enumerate_words(items) if items else pick(rng, NOTHING)}"
+    """Return "I see at a1 a small red star and at c2 a large blue ring"."""
+    things = sight.scene.things
+    return f"{vary(rng, SEE)} {all_of(sight.scene) if things else pick(rng, NOTHING)}"
+
+
+def all_of(scene: Scene) -> str:
+    """Return "at a1 a small red star and at c2 a large blue ring", in the order of the cells."""
+    return enumerate_words([at(thing) for thing in scene.things])
 
 
 def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
