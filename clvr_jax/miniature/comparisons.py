@@ -26,8 +26,8 @@ class Line(NamedTuple):
     """One line.
 
     Attributes:
-      asked: what is asked for, and what is there if that is given: "a red star: at b2 a small blue
-        star".
+      asked: what is asked for, and what is there if that is given: "a red star at b2: a small
+        blue star".
       checked: the same with where it is, or as `language.checked` has it, point by point.
     """
 
@@ -53,7 +53,7 @@ def found(rng: Rng, scene: Scene) -> Line:
             break
     fitting = [other for other in scene.things if group.allows(other)]
     asked = language.usual(group._replace(count=len(fitting)))
-    return Line(asked, f"{asked}: {', '.join(map(language.at, fitting))}")
+    return Line(asked, f"{asked} at {', at '.join(map(language.found, fitting))}")
 
 
 def _relation(rng: Rng, right: bool) -> Line:
@@ -84,21 +84,19 @@ def _things(rng: Rng, right: bool) -> Line:
         if apart and not any((thing.shape, thing.colour) in held_out.PAIRS for thing in things):
             break
     shown = sorted(things, key=lambda thing: thing.cell)
-    there = [language.at(thing) for thing in shown]
-    asked = language.usual(group)
-    missing = language.missing(group, group.count - len(things))
-    checked = filter(None, (language.compared(group, shown), missing))
-    return Line(f"{asked}: {enumerate_words(there)}", f"{asked}: {', '.join(checked)}")
+    there = [language.found(thing) for thing in shown]
+    asked = f"{language.usual(group)} at {' and at '.join(there)}"
+    return Line(asked, language.compared(group, shown))
 
 
 def _group(rng: Rng) -> Group:
     """Something asked for, of which at least one thing is said."""
     count = int(rng.integers(2, 5)) if rng.random() < _SEVERAL else 1
     shape, colour = scenes.kind(rng, None, None, Split.TRAIN)
-    found = (shape, colour, pick(rng, SIZES), pick(rng, tuple(PLACES)))
+    looks = (shape, colour, pick(rng, SIZES), pick(rng, tuple(PLACES)))
     while True:
         said = [rng.random() < share for share in _SAID.values()]
-        group = Group(count, *(v if s else None for v, s in zip(found, said, strict=True)))
+        group = Group(count, *(v if s else None for v, s in zip(looks, said, strict=True)))
         if any(said) and (group.place is None or count <= len(PLACES[group.place])):
             return group
 

@@ -130,8 +130,8 @@ def listed(goal: Goal) -> list[str]:
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return of every group and relation what is there for it and whether that is right.
 
-    As `listed` has them, point by point (see `compared`): "a star: at b2 a small red ring, ring for
-    star no", "two rings: at c3 a large blue ring, ring for ring, one is missing"; then what serves
+    As `listed` has them, point by point (see `compared`): "a star at b2: a small red ring, ring for
+    star no", "two rings at c3: a large blue ring, ring for ring, one is missing"; then what serves
     for nothing, and what is wrong beside. Of what is missing, no relation can be told.
     """
     slots, things, extra = goal.assign(sight.scene)
@@ -143,11 +143,10 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     for index, group in enumerate(goal.groups):
         mine = sorted(t for slot, t in zip(slots, things, strict=True) if slot == index and t)
         faults = of.pop((index, None), [])
-        absent = sum(fault.kind == "missing" for fault in faults)
-        parts = [compared(group, mine), missing(group, absent)]
-        if faults and not absent:
-            parts.append(_wrong(rng, goal, sight.scene, _together(faults)[0]))
-        said.append(f"{usual(group)}: {', '.join(filter(None, parts))}")
+        why = ""
+        if faults and faults[0].kind != "missing":
+            why = _wrong(rng, goal, sight.scene, _together(faults)[0])
+        said.append(", ".join(filter(None, (compared(group, mine), why))))
     for relation in goal.relations:
         ends = served[relation.first], served[relation.second]
         of.pop((relation.first, relation), None)
@@ -162,33 +161,33 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
 
 
 def compared(group: Group, things: Sequence[Thing]) -> str:
-    """Return each thing and all that is asked of it: "at b2 a small red star, red for blue no".
+    """Return what is asked for, what is there for it, and all that is asked of that.
 
-    Where a thing is comes first: that alone tells it from its twins. What is there stands beside
-    what is asked for, so that no more than two words are compared at once.
+    "a blue star at b2: a small red star, red for blue no, star for star". What is there stands
+    beside what is asked for, so that no more than two words are compared at once. Where fewer
+    things are there than are asked for, the rest is said to be missing.
     """
     said = []
     for thing in things:
         wrong = group.wrong(thing)
-        said.append(at(thing))
+        said.append(f"{'' if said else f'{usual(group)} '}at {found(thing)}")
         for name in ("size", "colour", "shape", "place"):
             asked = getattr(group, name)
             if asked:
-                found = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
-                said.append(f"{found} for {asked}{' no' * (name in wrong)}")
+                there = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
+                said.append(f"{there} for {asked}{' no' * (name in wrong)}")
+    absent = group.count - len(things)
+    which = "it" if group.count == 1 else number(absent)
+    if absent:
+        missing = f"{which} {'is' if absent == 1 else 'are'} missing"
+        said.append(missing if said else f"{usual(group)}: {missing}")
     return ", ".join(said)
 
 
-def at(thing: Thing) -> str:
-    """Return "at b2 a small red star"."""
+def found(thing: Thing) -> str:
+    """Return "b2: a small red star"."""
     what = article(kind_name(thing.shape, thing.colour, thing.size))
-    return f"at {COORDINATES[thing.cell]} {what}"
-
-
-def missing(group: Group, count: int) -> str:
-    """Return "it is missing" or "two are missing", nothing where nothing is."""
-    which = "it" if group.count == 1 else number(count)
-    return f"{which} {'is' if count == 1 else 'are'} missing" if count else ""
+    return f"{COORDINATES[thing.cell]}: {what}"
 
 
 def stand(word: str, first: int, second: int) -> str:
@@ -208,14 +207,17 @@ def several(count: int) -> str:
 
 
 def seen(rng: Rng, sight: Sight) -> str:
-    """Return "I see at a1 a small red star and at c2 a large blue ring"."""
+    """Return "I see a1: a small red star at a1 and c2: a large blue ring at c2"."""
     things = sight.scene.things
     return f"{vary(rng, SEE)} {all_of(sight.scene) if things else pick(rng, NOTHING)}"
 
 
 def all_of(scene: Scene) -> str:
-    """Return "at a1 a small red star and at c2 a large blue ring", in the order of the cells."""
-    return enumerate_words([at(thing) for thing in scene.things])
+    """Return "a1: a small red star at a1 and c2: a large blue ring at c2", in the order of cells.
+
+    A thing has its place on both sides: who reads on from either finds the other.
+    """
+    return enumerate_words([f"{found(t)} at {COORDINATES[t.cell]}" for t in scene.things])
 
 
 def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
