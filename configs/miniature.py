@@ -13,7 +13,7 @@ from that and the seed.
 
 import ml_collections as mlc
 
-_STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "klein_long": 4000, "vlm": 3600}
+_STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "klein_long": 4000, "vlm": 9000}
 _ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "klein_long": 32, "vlm": 3}
 _RATE = {"vae": 3e-3, "klein": 3e-3, "klein_more": 2e-3, "klein_long": 2e-3, "vlm": 2e-3}
 
@@ -44,7 +44,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.data.tokens = 1024  # of a row that begins with a long lesson
         c.data.images = 12  # of such a row
         # steps of a round: short lessons, in four times as many rows; long ones, as stories are
-        c.tasks = section(short=3, long=1)
+        c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer
         c.lessons = section(inventory=0.06, caption=0.02, difference=0.04, critique=0.34)
         c.lessons.update(verify=0.04, choose=0.04, checklist=0.02, rewrite=0.02, repeat=0.02)
