@@ -43,7 +43,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     if variant == "vlm":
         c.data.tokens = 1024  # of a row that begins with a long lesson
         c.data.images = 12  # of such a row
-        # steps of a round: short lessons, in four times as many rows; long ones, as stories are
+        # steps of a round: short lessons, in twice as many rows; long ones, as stories are
         c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer
         c.lessons = section(inventory=0.06, caption=0.02, difference=0.04, critique=0.34)

@@ -150,8 +150,8 @@ def faults(reply: str) -> list[str]:
     Raises:
       ValueError: another line begins with no kind, or there is none and it does not say so.
     """
-    lines = [line for line in reply.splitlines() if line.strip()]
-    lines = [line for line in lines if not re.match(r"\W*checks?\b", line, re.IGNORECASE)]
+    passed = re.compile(r"\s*$|\W*checks?\b", re.IGNORECASE)  # nothing, or a check
+    lines = [line for line in reply.splitlines() if not passed.match(line)]
     if lines and re.match(r"\W*nothing is wrong\b", lines[0], re.IGNORECASE):
         return []
     heads = [line.partition(":")[0].lower() for line in lines]

@@ -91,8 +91,8 @@ def shares(given: Mapping[str, float | int]) -> tuple[dict[str, float], dict[str
 
 def some_task(rng: Rng, tasks: Mapping[str, float]) -> str:
     """Return one of the tasks by its share; `tasks` is of one sort, as `shares` returns."""
-    names, shares = zip(*tasks.items(), strict=True)
-    return names[int(np.searchsorted(np.cumsum(shares), rng.random() * sum(shares)))]
+    names, parts = zip(*tasks.items(), strict=True)
+    return names[int(np.searchsorted(np.cumsum(parts), rng.random() * sum(parts)))]
 
 
 def lesson(rng: Rng, task: str) -> Lesson:

@@ -127,7 +127,7 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
     if not story.sights:
         return _opening(story, action, rng)
     last, base = len(story.sights), action.references[-1] if action.references else None
-    parts = [*_judge(story, rng), language.seen(rng, story.sights[-1]), *_check(story, rng)]
+    parts = _look(story, rng)
     if base is None:
         return sentence(*parts, vary(rng, language.ANEW))
     if base < last:
@@ -141,8 +141,7 @@ def tell(story: Story, action: Action, rng: Rng) -> str:
 def closing(story: Story, rng: Rng) -> str:
     """Return the last narrative."""
     done = [vary(rng, language.DONE)] if story.done else []
-    parts = [*_judge(story, rng), language.seen(rng, story.sights[-1]), *_check(story, rng), *done]
-    return sentence(*parts, vary(rng, language.STOP))
+    return sentence(*_look(story, rng), *done, vary(rng, language.STOP))
 
 
 def _opening(story: Story, action: Action, rng: Rng) -> str:
@@ -166,9 +165,14 @@ def _judge(story: Story, rng: Rng) -> list[str]:
     return [vary(rng, forms)]
 
 
-def _check(story: Story, rng: Rng) -> list[str]:
-    """Go through all that is needed, one by one."""
-    return language.checked(rng, story.goal, story.sights[-1])
+def _look(story: Story, rng: Rng) -> list[str]:
+    """Say what the last change did and what is seen, and go through all that is needed."""
+    sight = story.sights[-1]
+    return [
+        *_judge(story, rng),
+        language.seen(rng, sight),
+        *language.checked(rng, story.goal, sight),
+    ]
 
 
 def _wrong(story: Story, number: int, rng: Rng) -> str:

@@ -136,27 +136,23 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """
     slots, things, extra = goal.assign(sight.scene)
     served = dict(zip(slots, things, strict=True))
-    of: dict[tuple[int | None, Relation | None], list[Fault]] = {}
-    for fault in sight.faults(goal):
-        of.setdefault((fault.group, fault.relation), []).append(fault)
+    faults = [fault for fault in sight.faults(goal) if fault.relation is None]
     said = []
     for index, group in enumerate(goal.groups):
         mine = sorted(t for slot, t in zip(slots, things, strict=True) if slot == index and t)
-        faults = of.pop((index, None), [])
+        own = [fault for fault in faults if fault.group == index]
         why = ""
-        if faults and faults[0].kind != "missing":
-            why = _wrong(rng, goal, sight.scene, _together(faults)[0])
+        if own and own[0].kind != "missing":
+            why = _wrong(rng, goal, sight.scene, _together(own)[0])
         said.append(", ".join(filter(None, (compared(group, mine), why))))
     for relation in goal.relations:
         ends = served[relation.first], served[relation.second]
-        of.pop((relation.first, relation), None)
         if all(ends):
             cells = [thing.cell for thing in ends]
             said.append(f"{usual_relation(goal, relation)}: {stand(relation.word, *cells)}")
     over = [COORDINATES[thing.cell] for thing in extra]
     said.append(f"not used: {enumerate_words(over) if over else NONE}")
-    beside = [f for faults in of.values() for f in faults]
-    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in beside]
+    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
 
 
@@ -170,18 +166,17 @@ def compared(group: Group, things: Sequence[Thing]) -> str:
     said = []
     for thing in things:
         wrong = group.wrong(thing)
-        said.append(f"{'' if said else f'{usual(group)} '}at {found(thing)}")
+        said.append(f"at {found(thing)}")
         for name in ("size", "colour", "shape", "place"):
             asked = getattr(group, name)
             if asked:
                 there = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
                 said.append(f"{there} for {asked}{' no' * (name in wrong)}")
     absent = group.count - len(things)
-    which = "it" if group.count == 1 else number(absent)
     if absent:
-        missing = f"{which} {'is' if absent == 1 else 'are'} missing"
-        said.append(missing if said else f"{usual(group)}: {missing}")
-    return ", ".join(said)
+        which = "it" if group.count == 1 else number(absent)
+        said.append(f"{which} {'is' if absent == 1 else 'are'} missing")
+    return f"{usual(group)}{'' if things else ':'} {', '.join(said)}"
 
 
 def found(thing: Thing) -> str:
