@@ -14,7 +14,7 @@ from that and the seed.
 import ml_collections as mlc
 
 _STEPS = {"vae": 4000, "klein": 4800, "klein_more": 6000, "klein_long": 4000, "vlm": 9000}
-_ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "klein_long": 32, "vlm": 3}
+_ROWS = {"vae": 16, "klein": 32, "klein_more": 32, "klein_long": 32, "vlm": 2}
 _RATE = {"vae": 3e-3, "klein": 3e-3, "klein_more": 2e-3, "klein_long": 2e-3, "vlm": 2e-3}
 
 
@@ -41,14 +41,14 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
-        c.data.tokens = 1024  # of a row that begins with a long lesson
-        c.data.images = 12  # of such a row
+        c.data.tokens = 1536  # of a row that begins with a long lesson
+        c.data.images = 16  # of such a row
         # steps of a round: short lessons, in twice as many rows; long ones, as stories are
         c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer
-        c.lessons = section(inventory=0.06, caption=0.02, difference=0.04, critique=0.34)
+        c.lessons = section(inventory=0.04, caption=0.02, difference=0.04, critique=0.34)
         c.lessons.update(verify=0.04, choose=0.04, checklist=0.02, rewrite=0.02, repeat=0.02)
-        c.lessons.update(compare=0.12, find=0.28)
+        c.lessons.update(compare=0.12, find=0.3)
         c.lessons.update(story=0.8, proxy=0.1, narrate=0.1)  # and among the long ones
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once

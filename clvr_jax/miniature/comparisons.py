@@ -10,16 +10,18 @@ from clvr_jax.miniature import held_out, scenes
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import Goal, Group, Relation
 from clvr_jax.miniature.held_out import Split
-from clvr_jax.miniature.places import COORDINATES, PLACES, RELATIONS, related
-from clvr_jax.miniature.scene import CELLS, LOOKS, SHAPES, SIZES, Scene, Thing
+from clvr_jax.miniature.places import PLACES, RELATIONS, related
+from clvr_jax.miniature.scene import CELLS, LOOKS, MOST, SHAPES, SIZES, Scene, Thing
 from clvr_jax.miniature.teacher import language
-from clvr_jax.miniature.words import enumerate_words
 
 _RELATED = 0.3  # share of lines of a relation
 _SEVERAL = 0.3  # share of several things among the others
 _ASTRAY = 0.6  # share of wrong places among wrong lines that say one
 # chance that a line says each of these
 _SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.4}
+_VALUES = {**LOOKS, "place": tuple(PLACES)}
+# shares of what is looked for that is not quite what is there, and of one more than is there
+_OTHER, _MORE = 0.4, 0.25
 
 
 class Line(NamedTuple):
@@ -42,18 +44,29 @@ def line(rng: Rng) -> Line:
 
 
 def found(rng: Rng, scene: Scene) -> Line:
-    """Return something that a scene has, asked for by some of its looks or its place, and where."""
+    """Return something to look for in a scene, and what `language.sought` says of it.
+
+    It is asked for by some of the looks of a thing of the scene, or its place. Some lines ask for
+    one more than there is, some for what differs from that thing in one point.
+    """
     thing = pick(rng, scene.things)
     while True:
         said = [rng.random() < share for share in _SAID.values()]
         place = pick(rng, [name for name, cells in PLACES.items() if thing.cell in cells])
         looks = (thing.shape, thing.colour, thing.size, place)
         group = Group(1, *(v if s else None for v, s in zip(looks, said, strict=True)))
-        if any(said):
+        if not any(said):
+            continue
+        if rng.random() < _OTHER:
+            name = pick(rng, [name for name in _SAID if getattr(group, name)])
+            others = [v for v in _VALUES[name] if v != getattr(group, name)]
+            group = group._replace(**{name: pick(rng, others)})
+        if (group.shape, group.colour) not in held_out.PAIRS:
             break
     fitting = [other for other in scene.things if group.allows(other)]
-    asked = language.usual(group._replace(count=len(fitting)))
-    return Line(asked, f"{asked} at {', at '.join(map(language.found, fitting))}")
+    count = max(len(fitting) + (rng.random() < _MORE), 1)
+    group = group._replace(count=min(count, MOST))
+    return Line(language.usual(group), language.sought(group, fitting, scene, fitting))
 
 
 def _relation(rng: Rng, right: bool) -> Line:
@@ -65,9 +78,9 @@ def _relation(rng: Rng, right: bool) -> Line:
         if fits and shapes[0] != shapes[1] and not held_out.is_held(shapes[0], word, shapes[1]):
             break
     relation = Relation(0, word, 1)
-    asked = language.usual_relation(Goal(tuple(Group(1, s) for s in shapes), (relation,)), relation)
-    there = enumerate_words([COORDINATES[cell] for cell in cells])
-    return Line(f"{asked}: {there}", f"{asked}: {language.stand(word, *cells)}")
+    goal = Goal(tuple(Group(1, s) for s in shapes), (relation,))
+    asked = language.usual_relation(goal, relation, *cells)
+    return Line(asked, f"{asked}: {language.stand(word, *cells)}")
 
 
 def _things(rng: Rng, right: bool) -> Line:

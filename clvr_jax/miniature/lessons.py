@@ -47,7 +47,7 @@ LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
 RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
-LONGEST = 5  # pictures of a story
+LONGEST = 6  # pictures of a story
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
 # are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")

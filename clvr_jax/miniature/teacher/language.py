@@ -1,7 +1,8 @@
 """The teacher's own language: everything it says beside prompts and edits."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from clvr_jax.miniature.assignment import POINTS
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.goal import ATTRIBUTES, Fault, Goal, Group, Relation
 from clvr_jax.miniature.places import CELL_NAMES, COORDINATES, related
@@ -104,8 +105,13 @@ def usual(group: Group) -> str:
     return f"{what} in the {group.place}" if group.place else what
 
 
-def usual_relation(goal: Goal, relation: Relation) -> str:
+def usual_relation(goal: Goal, relation: Relation, *cells: int) -> str:
     """Return "the star is left of the red ring", always in the same words.
+
+    Args:
+      goal: what is asked for.
+      relation: one of its.
+      cells: where its things are, if that is to be said: "the star at b2 is left of ...".
 
     Raises:
       ValueError: no words tell its things from others.
@@ -117,7 +123,8 @@ def usual_relation(goal: Goal, relation: Relation) -> str:
             f"{f' {relation.word} '.join(ends)}: no words tell both from all else that is asked "
             "for; say colours or sizes"
         )
-    first, second = (kind_name(*name[0]) for name in found)
+    at = [f" at {COORDINATES[cell]}" for cell in cells] or ["", ""]
+    first, second = (f"{kind_name(*name[0])}{here}" for name, here in zip(found, at, strict=True))
     return f"the {first} is {relation.word} the {second}"
 
 
@@ -128,32 +135,71 @@ def listed(goal: Goal) -> list[str]:
 
 
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
-    """Return of every group and relation what is there for it and whether that is right.
+    """Return what there is for all that is asked for, and whether that is right.
 
-    As `listed` has them, point by point (see `compared`): "a star at b2: a small red ring, ring for
-    star no", "two rings at c3: a large blue ring, ring for ring, one is missing"; then what serves
-    for nothing, and what is wrong beside. Of what is missing, no relation can be told.
+    First every group is looked for (see `sought`). Then comes what has found no place in that, and
+    what it is to become or what is missing (see `compared`), what is wrong beside, and the
+    relations. Of what is missing, no relation can be told.
     """
-    slots, things, extra = goal.assign(sight.scene)
-    served = dict(zip(slots, things, strict=True))
-    faults = [fault for fault in sight.faults(goal) if fault.relation is None]
-    said = []
+    slots, things, _ = goal.assign(sight.scene)
+    serving: list[list[Thing]] = [[] for _ in goal.groups]
+    for slot, thing in zip(slots, things, strict=True):
+        serving[slot] += [thing] if thing else []
+    right = [[t for t in ts if g.allows(t)] for g, ts in zip(goal.groups, serving, strict=True)]
+    used = {thing for found in right for thing in found}
+    said = [
+        sought(group, found, sight.scene, used)
+        for group, found in zip(goal.groups, right, strict=True)
+    ]
+    left = [COORDINATES[thing.cell] for thing in sight.scene.things if thing not in used]
+    said.append(f"not used: {enumerate_words(left) if left else NONE}")
+    faults = sight.faults(goal)
     for index, group in enumerate(goal.groups):
-        mine = sorted(t for slot, t in zip(slots, things, strict=True) if slot == index and t)
-        own = [fault for fault in faults if fault.group == index]
-        why = ""
-        if own and own[0].kind != "missing":
-            why = _wrong(rng, goal, sight.scene, _together(own)[0])
-        said.append(", ".join(filter(None, (compared(group, mine), why))))
+        count = group.count - len(right[index])
+        if count:
+            rest = sorted(thing for thing in serving[index] if thing not in used)
+            wrong = [
+                f for f in faults if f.group == index and f.kind not in ("missing", "relation")
+            ]
+            why = _wrong(rng, goal, sight.scene, _together(wrong)[0]) if wrong else ""
+            told = compared(group._replace(count=count), rest)
+            said.append(", ".join(filter(None, (told, why))))
+    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
+    broken = {fault.relation: fault for fault in faults}
+    served = dict(zip(slots, things, strict=True))
     for relation in goal.relations:
         ends = served[relation.first], served[relation.second]
         if all(ends):
             cells = [thing.cell for thing in ends]
-            said.append(f"{usual_relation(goal, relation)}: {stand(relation.word, *cells)}")
-    over = [COORDINATES[thing.cell] for thing in extra]
-    said.append(f"not used: {enumerate_words(over) if over else NONE}")
-    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
+            why = relation in broken and _wrong(rng, goal, sight.scene, [broken[relation]])
+            told = f"{usual_relation(goal, relation, *cells)}: {stand(relation.word, *cells)}"
+            said.append(", ".join(filter(None, (told, why))))
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
+
+
+def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[Thing]) -> str:
+    """Return what is asked for and what there is that is all as asked.
+
+    If that is not enough, what comes next to it is named, up to the point why it does not serve:
+    "a blue star at b2: a small red star, red for blue no", or that it serves already: "two rings at
+    c3: a small red ring, ring for ring, at c3: a small red ring, ring for ring, used". So what is
+    looked for may be found by its likeness, and what is found is compared word by word.
+
+    Args:
+      group: what is asked for.
+      found: what there is for it.
+      scene: what there is.
+      used: what serves for this group or another.
+    """
+    said = [_points(group, thing) for thing in sorted(found)]
+    near = [thing for thing in scene.things if thing in used or not group.allows(thing)]
+    if len(found) < group.count and near:
+        thing = min(near, key=lambda thing: sum(POINTS[name] for name in group.wrong(thing)))
+        points = _points(group, thing)
+        at = next((i for i, point in enumerate(points) if point.endswith(" no")), len(points))
+        said.append(points[: at + 1] if group.wrong(thing) else [*points, "used"])
+    told = ", ".join(point for points in said for point in points)
+    return f"{usual(group)} {told}" if told else f"{usual(group)}: {NONE}"
 
 
 def compared(group: Group, things: Sequence[Thing]) -> str:
@@ -163,20 +209,23 @@ def compared(group: Group, things: Sequence[Thing]) -> str:
     beside what is asked for, so that no more than two words are compared at once. Where fewer
     things are there than are asked for, the rest is said to be missing.
     """
-    said = []
-    for thing in things:
-        wrong = group.wrong(thing)
-        said.append(f"at {found(thing)}")
-        for name in ("size", "colour", "shape", "place"):
-            asked = getattr(group, name)
-            if asked:
-                there = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
-                said.append(f"{there} for {asked}{' no' * (name in wrong)}")
+    said = [point for thing in things for point in _points(group, thing)]
     absent = group.count - len(things)
     if absent:
         which = "it" if group.count == 1 else number(absent)
         said.append(f"{which} {'is' if absent == 1 else 'are'} missing")
     return f"{usual(group)}{'' if things else ':'} {', '.join(said)}"
+
+
+def _points(group: Group, thing: Thing) -> list[str]:
+    """Return "at b2: a small red star", "red for blue no", "star for star"."""
+    wrong, said = group.wrong(thing), [f"at {found(thing)}"]
+    for name in ("size", "colour", "shape", "place"):
+        asked = getattr(group, name)
+        if asked:
+            there = COORDINATES[thing.cell] if name == "place" else getattr(thing, name)
+            said.append(f"{there} for {asked}{' no' * (name in wrong)}")
+    return said
 
 
 def found(thing: Thing) -> str:
