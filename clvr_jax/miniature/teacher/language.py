@@ -137,9 +137,10 @@ def listed(goal: Goal) -> list[str]:
 def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return what there is for all that is asked for, and whether that is right.
 
-    First every group is looked for (see `sought`). Then comes what has found no place in that, and
-    what it is to become or what is missing (see `compared`), what is wrong beside, and the
-    relations. Of what is missing, no relation can be told.
+    First every group is looked for (see `sought`). Then it is said of each thing whether it serves
+    for one, "used: b2, c2 no and b3", of what is not found what is to become it or that it is
+    missing (see `compared`), what is wrong beside, and how relations stand. Of what is missing, no
+    relation can be told.
     """
     slots, things, _ = goal.assign(sight.scene)
     serving: list[list[Thing]] = [[] for _ in goal.groups]
@@ -151,8 +152,8 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         sought(group, found, sight.scene, used)
         for group, found in zip(goal.groups, right, strict=True)
     ]
-    left = [COORDINATES[thing.cell] for thing in sight.scene.things if thing not in used]
-    said.append(f"not used: {enumerate_words(left) if left else NONE}")
+    serves = [f"{COORDINATES[t.cell]}{' no' * (t not in used)}" for t in sight.scene.things]
+    said.append(f"used: {enumerate_words(serves or [NONE])}")
     faults = sight.faults(goal)
     for index, group in enumerate(goal.groups):
         count = group.count - len(right[index])
@@ -165,13 +166,14 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
             told = compared(group._replace(count=count), rest)
             said.append(", ".join(filter(None, (told, why))))
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
-    broken = {fault.relation: fault for fault in faults}
+    broken = {fault.relation: fault for fault in faults if fault.relation}
     served = dict(zip(slots, things, strict=True))
     for relation in goal.relations:
         ends = served[relation.first], served[relation.second]
         if all(ends):
             cells = [thing.cell for thing in ends]
-            why = relation in broken and _wrong(rng, goal, sight.scene, [broken[relation]])
+            fault = broken.get(relation)
+            why = _wrong(rng, goal, sight.scene, [fault]) if fault else ""
             told = f"{usual_relation(goal, relation, *cells)}: {stand(relation.word, *cells)}"
             said.append(", ".join(filter(None, (told, why))))
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
