@@ -43,11 +43,16 @@ def line(rng: Rng) -> Line:
     return _relation(rng, right) if rng.random() < _RELATED else _things(rng, right)
 
 
-def found(rng: Rng, scene: Scene) -> Line:
+def found(rng: Rng, scene: Scene, used: set[Thing]) -> Line:
     """Return something to look for in a scene, and what `language.sought` says of it.
 
     It is asked for by some of the looks of a thing of the scene, or its place. Some lines ask for
     one more than there is, some for what differs from that thing in one point.
+
+    Args:
+      rng: decides what is asked for.
+      scene: what there is.
+      used: what serves already; what serves for this line is added.
     """
     thing = pick(rng, scene.things)
     while True:
@@ -63,10 +68,11 @@ def found(rng: Rng, scene: Scene) -> Line:
             group = group._replace(**{name: pick(rng, others)})
         if (group.shape, group.colour) not in held_out.PAIRS:
             break
-    fitting = [other for other in scene.things if group.allows(other)]
+    fitting = [other for other in scene.things if group.allows(other) and other not in used]
     count = max(len(fitting) + (rng.random() < _MORE), 1)
     group = group._replace(count=min(count, MOST))
-    return Line(language.usual(group), language.sought(group, fitting, scene, fitting))
+    used.update(fitting)
+    return Line(language.usual(group), language.sought(group, fitting, scene, used))
 
 
 def _relation(rng: Rng, right: bool) -> Line:

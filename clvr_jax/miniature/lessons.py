@@ -208,12 +208,13 @@ def _compare(rng: Rng) -> Lesson:
 
 
 def _find(rng: Rng) -> Lesson:
-    """Where things are, of which all is told that there is."""
-    scene = _scene(rng)
-    lines = [comparisons.found(rng, scene) for _ in range(_FOUND)]
+    """Where things are, of which all is told that there is; each serves once."""
+    scene, used = _scene(rng), set()
+    lines = [comparisons.found(rng, scene, used) for _ in range(_FOUND)]
     things = "\n".join(line.asked for line in lines)
     asked = FIND.message(things=things, seen=language.all_of(scene))
-    return Lesson([asked, assistant(language.sentence(*(line.checked for line in lines)))], [])
+    said = [*(line.checked for line in lines), language.serving(scene, used)]
+    return Lesson([asked, assistant(language.sentence(*said))], [])
 
 
 def _goal(rng: Rng) -> str:

@@ -13,7 +13,7 @@ from clvr_jax.miniature.places import COORDINATES, PLACES, related
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import from_codes
 from clvr_jax.miniature.teacher.looks import read_inventory
-from clvr_jax.miniature.words import NUMBERS
+from clvr_jax.miniature.words import NUMBERS, enumerate_words
 
 
 def drawn(task, count, start=0):
@@ -196,24 +196,25 @@ def test_what_is_looked_for_is_found_or_told_why_not():
     for said in drawn("find", 40):
         fields = lessons.FIND.match(said.messages[0].text)
         wanted, there = fields["things"].splitlines(), named(fields["seen"])
-        answered = said.messages[1].text.rstrip(".").split(". ")
+        *answered, serving = said.messages[1].text.rstrip(".").split(". ")
+        used = []
         for want, answer in zip(wanted, answered, strict=True):
             group = parse_prompt(want).groups[0]
             assert answer.lower().startswith(f"{want} at ")
-            *found, last = answer.split(", at ")
-            fitting = [thing for thing in there if fits(group, *thing)]
-            if len(fitting) == group.count:
-                assert not re.search(r" no\b|used", answer)
-                found.append(last)
-            elif last.endswith(", used"):
-                short["used"] += 1
-                assert named(last)[0] in fitting
-            else:
-                short["wrong"] += 1
-                assert last.endswith(" no") and not fits(group, *named(last)[0])
-            assert named(", at ".join(found)) == fitting
-    total = 6 * 40
-    assert 0.1 < short["used"] / total < 0.4 and 0.2 < short["wrong"] / total < 0.5
+            found = [each for each in answer.split(", at ") if each.endswith(" asked")]
+            assert all(each.endswith(f"{named(each)[0][0]} asked") for each in found)
+            fitting = [t for t in there if fits(group, *t) and t not in used]
+            assert named(", ".join(found)) == fitting
+            used += fitting
+            last = answer.split(", at ")[-1]
+            if len(found) < group.count:
+                why = re.search(" no$|, used$", last)[0]
+                short[why] += 1
+                assert fits(group, *named(last)[0]) == (why == ", used")
+                assert why == " no" or named(last)[0] in used
+        words = [f"{thing[0]} {'asked' if thing in used else 'no'}" for thing in there]
+        assert serving == f"So {enumerate_words(words)}"
+    assert short[" no"] > 40 and short[", used"] > 40
 
 
 def named(text):

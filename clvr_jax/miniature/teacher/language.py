@@ -54,6 +54,7 @@ DONE = ("all is right", "this is what was asked for", "nothing is missing and no
 STOP = ("I stop here", "I am done", "so I stop")
 
 NONE = "none"
+ASKED = "asked"
 NO_FAULT = "nothing is wrong"
 SAME_PICTURE = "nothing has changed"
 GONE = ("{thing} is gone", "{thing} is not there any more")
@@ -138,27 +139,25 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     """Return what there is for all that is asked for, and whether that is right.
 
     First every group is looked for (see `sought`). Then it is said of each thing whether it serves
-    for one, "used: b2, c2 no and b3", of what is not found what is to become it or that it is
-    missing (see `compared`), what is wrong beside, and how relations stand. Of what is missing, no
-    relation can be told.
+    for one, of what is not found what is to become it or that it is missing (see `compared`), what
+    is wrong beside, and how relations stand. Of what is missing, no relation can be told.
     """
     slots, things, _ = goal.assign(sight.scene)
-    serving: list[list[Thing]] = [[] for _ in goal.groups]
+    given: list[list[Thing]] = [[] for _ in goal.groups]
     for slot, thing in zip(slots, things, strict=True):
-        serving[slot] += [thing] if thing else []
-    right = [[t for t in ts if g.allows(t)] for g, ts in zip(goal.groups, serving, strict=True)]
+        given[slot] += [thing] if thing else []
+    right = [[t for t in ts if g.allows(t)] for g, ts in zip(goal.groups, given, strict=True)]
     used = {thing for found in right for thing in found}
     said = [
         sought(group, found, sight.scene, used)
         for group, found in zip(goal.groups, right, strict=True)
     ]
-    serves = [f"{COORDINATES[t.cell]}{' no' * (t not in used)}" for t in sight.scene.things]
-    said.append(f"used: {enumerate_words(serves or [NONE])}")
+    said.append(serving(sight.scene, used))
     faults = sight.faults(goal)
     for index, group in enumerate(goal.groups):
         count = group.count - len(right[index])
         if count:
-            rest = sorted(thing for thing in serving[index] if thing not in used)
+            rest = sorted(thing for thing in given[index] if thing not in used)
             wrong = [
                 f for f in faults if f.group == index and f.kind not in ("missing", "relation")
             ]
@@ -180,12 +179,13 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
 
 
 def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[Thing]) -> str:
-    """Return what is asked for and what there is that is all as asked.
+    """Return what is asked for and what serves for it: what is all as asked.
 
-    If that is not enough, what comes next to it is named, up to the point why it does not serve:
-    "a blue star at b2: a small red star, red for blue no", or that it serves already: "two rings at
-    c3: a small red ring, ring for ring, at c3: a small red ring, ring for ring, used". So what is
-    looked for may be found by its likeness, and what is found is compared word by word.
+    "A ring at c3: a small red ring, ring for ring, c3 asked". If that is not enough, what comes
+    next to it is named, up to the point why it does not serve: "a blue star at b2: a small red
+    star, red for blue no", or that it serves already: "a ring at c3: a small red ring, ring for
+    ring, used". So what is looked for may be found by its likeness, and what is found is compared
+    word by word.
 
     Args:
       group: what is asked for.
@@ -193,7 +193,7 @@ def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[
       scene: what there is.
       used: what serves for this group or another.
     """
-    said = [_points(group, thing) for thing in sorted(found)]
+    said = [[*_points(group, t), f"{COORDINATES[t.cell]} {ASKED}"] for t in sorted(found)]
     near = [thing for thing in scene.things if thing in used or not group.allows(thing)]
     if len(found) < group.count and near:
         thing = min(near, key=lambda thing: sum(POINTS[name] for name in group.wrong(thing)))
@@ -202,6 +202,12 @@ def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[
         said.append(points[: at + 1] if group.wrong(thing) else [*points, "used"])
     told = ", ".join(point for points in said for point in points)
     return f"{usual(group)} {told}" if told else f"{usual(group)}: {NONE}"
+
+
+def serving(scene: Scene, used: Collection[Thing]) -> str:
+    """Return "so b2 asked, c2 no and b3 asked": whether things serve for what is asked for."""
+    said = [f"{COORDINATES[t.cell]} {ASKED if t in used else 'no'}" for t in scene.things]
+    return f"so {enumerate_words(said or [NONE])}"
 
 
 def compared(group: Group, things: Sequence[Thing]) -> str:
