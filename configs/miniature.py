@@ -41,9 +41,9 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         c.times.weighting = "none"
         c.dropout = 0.1  # share of rows without text, for guidance
     if variant == "vlm":
-        c.data.tokens = 1536  # of a row that begins with a long lesson
-        c.data.images = 16  # of such a row
-        # steps of a round: short lessons, in twice as many rows; long ones, as stories are
+        c.data.tokens = 2048  # of a row that begins with a long lesson
+        c.data.images = 20  # of such a row
+        # steps of a round: short lessons, in three times as many rows; long ones, as stories are
         c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer
         c.lessons = section(inventory=0.04, caption=0.02, difference=0.04, critique=0.34)

@@ -56,7 +56,7 @@ FIND = requests.Request("Where is each of these?\n{things}\nThere is {seen}.")
 _PAIRS = 4  # of a comparison
 _FOUND = 6  # things that are looked for
 BLANK = Image.new("RGB", (SIDE, SIDE))
-_POLICY = Policy()
+_POLICY = Policy(oversight=0.04)
 
 
 class Lesson(NamedTuple):

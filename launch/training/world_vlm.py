@@ -26,10 +26,10 @@ from launch.training.vlm import find, stage
 __all__ = ["data", "find", "networks", "stage"]
 
 Drawn = tuple[Example, list[Picture]]
-_PARTS = 2  # rows of short lessons alone that are as long as one with a long one
+_PARTS = 3  # rows of short lessons alone that are as long as one with a long one
 _LEAST = 600  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 18  # of what the lessons are; another one is other data
+_VERSION = 19  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:
@@ -84,12 +84,12 @@ def data(
     reads, cfg = vlm.reader(config, weights), weights.config
     patches = (SIDE // cfg.vision.patch) ** 2
     row = Shape(config.data.tokens, config.data.images, patches)
-    part = Shape(row.tokens // _PARTS, row.images // 2, patches)
+    part = Shape(row.tokens // _PARTS, row.images // _PARTS, patches)
     kinds = [(part, rows * _PARTS)] * config.tasks.short + [(row, rows)] * config.tasks.long
     if not kinds or part.tokens < _LEAST or not part.images:
         raise ValueError(
             f"a round of {len(kinds)} steps, a row of {row.tokens} tokens and {row.images} "
-            f"pictures: give one step at least, {_LEAST * _PARTS} tokens and 2 pictures"
+            f"pictures: give one step at least, {_LEAST * _PARTS} tokens and {_PARTS} pictures"
         )
 
     def plan(epoch: int) -> list[Step]:

@@ -245,6 +245,21 @@ def test_what_is_there_stands_beside_what_is_asked_for():
     assert language.compared(anything, []) == "three things: three are missing"
 
 
+def test_what_is_overlooked_is_found_among_what_is_left_over():
+    """Lessons have it: who errs once has to know how to go on."""
+    ring = BLUE._replace(cell=8)
+    turn = after("a red star and a ring", Scene((RED, ring)), policy=Policy(oversight=1.0))
+    told = (
+        "A red star at a3: a small blue ring, blue for red no. A ring at a1: a small red star, "
+        "star for ring no. So a1 no and a3 no. A red star at a1: a small red star, red for red, "
+        "star for star. A ring at a3: a small blue ring, ring for ring."
+    )
+    assert turn.stop and told in turn.reasoning
+    half = after("a red star and a ring", Scene((RED,)), policy=Policy(oversight=1.0))
+    assert "star for star. A ring: it is missing." in half.reasoning
+    assert parse_edit(half.action.prompt).kind == "add"
+
+
 def test_what_is_left_for_later_is_the_end_of_the_list():
     goal = "three stars, a ring and a cross. the ring is left of the cross"
     first = after(goal, policy=Policy(stepwise=1.0)).action.prompt

@@ -39,9 +39,9 @@ def answer(said: Sequence[Message], readings: Sequence[Readings], policy: Policy
     Raises:
       ValueError: it is no request that is known, or it is about things outside of the world.
     """
-    sights = tuple(map(see, readings))
     heard = [(message.role, message.text) for message in said]
     rng = _rng(seed, heard, [reading.codes.tolist() for reading in readings])
+    sights = tuple(_glance(see(reading), policy.oversight, rng) for reading in readings)
     last = said[-1].text
     if heard[0] == ("system", CONTROL) and len(heard) > 1:
         story = _story(heard[1][1], sights)
@@ -53,6 +53,14 @@ def answer(said: Sequence[Message], readings: Sequence[Readings], policy: Policy
         if fields is not None:
             return reply(sights, rng, seed, **fields)
     raise ValueError(f"the teacher knows no such request: {last[:200]!r}")
+
+
+def _glance(sight: Sight, oversight: float, rng: Rng) -> Sight:
+    """A sight of which some things are overlooked."""
+    if not oversight:
+        return sight
+    cells = [thing.cell for thing in sight.scene.things if rng.random() < oversight]
+    return sight._replace(overlooked=tuple(cells))
 
 
 def _rng(*given: object) -> Rng:

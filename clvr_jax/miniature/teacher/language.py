@@ -146,7 +146,11 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     given: list[list[Thing]] = [[] for _ in goal.groups]
     for slot, thing in zip(slots, things, strict=True):
         given[slot] += [thing] if thing else []
-    right = [[t for t in ts if g.allows(t)] for g, ts in zip(goal.groups, given, strict=True)]
+    noticed = [thing for thing in sight.scene.things if thing.cell not in sight.overlooked]
+    right = [
+        [thing for thing in things if group.allows(thing) and thing in noticed]
+        for group, things in zip(goal.groups, given, strict=True)
+    ]
     used = {thing for found in right for thing in found}
     said = [
         sought(group, found, sight.scene, used)

@@ -15,6 +15,9 @@ class Policy:
       patience: every so many pictures that are no better than an earlier one, all is drawn anew.
       bring: share of the missing things that an earlier picture has in a free place which are
         taken from there.
+      oversight: share of things that are overlooked when what is asked for is looked for, and found
+        when what is left over is gone through; for lessons, from which it is learnt to go on
+        after an error.
     """
 
     stepwise: float = 0.5
@@ -22,3 +25,4 @@ class Policy:
     hopeless: int = 4
     patience: int = 3
     bring: float = 0.5
+    oversight: float = 0.0

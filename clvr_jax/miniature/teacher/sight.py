@@ -22,11 +22,13 @@ class Sight(NamedTuple):
       scene: what is there; unclear things as what they are most like.
       unclear: cells of things that are not clean.
       tidy: nothing else is in the picture, and not more things than `MOST`.
+      overlooked: cells of things that are not found at first when they are looked for.
     """
 
     scene: Scene
     unclear: tuple[int, ...] = ()
     tidy: bool = True
+    overlooked: tuple[int, ...] = ()
 
     @property
     def clear(self) -> Scene:
