@@ -191,7 +191,7 @@ def test_comparisons_are_true_and_half_of_them_are_wrong():
 
 
 def test_what_is_looked_for_is_found_or_told_why_not():
-    """By one of three: what lies nearest is not so, serves already, or there is nothing at all."""
+    """What lies nearest is not so, or serves already."""
     short = Counter()
     for said in drawn("find", 40):
         fields = lessons.FIND.match(said.messages[0].text)

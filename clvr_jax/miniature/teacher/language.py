@@ -146,9 +146,8 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     given: list[list[Thing]] = [[] for _ in goal.groups]
     for slot, thing in zip(slots, things, strict=True):
         given[slot] += [thing] if thing else []
-    noticed = [thing for thing in sight.scene.things if thing.cell not in sight.overlooked]
     right = [
-        [thing for thing in things if group.allows(thing) and thing in noticed]
+        [t for t in things if group.allows(t) and t.cell not in sight.overlooked]
         for group, things in zip(goal.groups, given, strict=True)
     ]
     used = {thing for found in right for thing in found}
@@ -158,27 +157,22 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
     ]
     said.append(serving(sight.scene, used))
     faults = sight.faults(goal)
+    because = lambda told, wrong: (
+        f"{told}, {_wrong(rng, goal, sight.scene, wrong[0])}" if wrong else told
+    )
     for index, group in enumerate(goal.groups):
         count = group.count - len(right[index])
         if count:
             rest = sorted(thing for thing in given[index] if thing not in used)
-            wrong = [
-                f for f in faults if f.group == index and f.kind not in ("missing", "relation")
-            ]
-            why = _wrong(rng, goal, sight.scene, _together(wrong)[0]) if wrong else ""
-            told = compared(group._replace(count=count), rest)
-            said.append(", ".join(filter(None, (told, why))))
+            own = [f for f in faults if f.group == index and f.kind not in ("missing", "relation")]
+            said.append(because(compared(group._replace(count=count), rest), _together(own)))
     said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
-    broken = {fault.relation: fault for fault in faults if fault.relation}
-    served = dict(zip(slots, things, strict=True))
     for relation in goal.relations:
-        ends = served[relation.first], served[relation.second]
+        ends = given[relation.first], given[relation.second]
         if all(ends):
-            cells = [thing.cell for thing in ends]
-            fault = broken.get(relation)
-            why = _wrong(rng, goal, sight.scene, [fault]) if fault else ""
+            cells = [thing.cell for (thing,) in ends]
             told = f"{usual_relation(goal, relation, *cells)}: {stand(relation.word, *cells)}"
-            said.append(", ".join(filter(None, (told, why))))
+            said.append(because(told, [[f] for f in faults if f.relation == relation]))
     return said + [vary(rng, UNTIDY)] * (not sight.tidy)
 
 
@@ -202,8 +196,8 @@ def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[
     if len(found) < group.count and near:
         thing = min(near, key=lambda thing: sum(POINTS[name] for name in group.wrong(thing)))
         points = _points(group, thing)
-        at = next((i for i, point in enumerate(points) if point.endswith(" no")), len(points))
-        said.append(points[: at + 1] if group.wrong(thing) else [*points, "used"])
+        wrong = [i for i, point in enumerate(points) if point.endswith(" no")]
+        said.append(points[: wrong[0] + 1] if wrong else [*points, "used"])
     told = ", ".join(point for points in said for point in points)
     return f"{usual(group)} {told}" if told else f"{usual(group)}: {NONE}"
 
