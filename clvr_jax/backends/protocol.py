@@ -133,6 +133,7 @@ class Options:
 
 
 MAX_LOGPROBS = 20
+NO_TURN = "there is no turn to take back: none has been asked since the last one was taken back"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -297,6 +298,17 @@ class Session(Protocol):
 
         Raises:
           InvalidRequest, Overloaded: see `submit`; also where the backend cannot score.
+        """
+        ...
+
+    def take_back(self) -> None:
+        """Forget the last turn, its messages and its reply, as if it had not been asked.
+
+        After a turn that failed there is nothing to forget, and the session stays as it is.
+
+        Raises:
+          InvalidRequest: no turn has been asked, or it has been taken back already.
+          Overloaded: the last turn is not done.
         """
         ...
 

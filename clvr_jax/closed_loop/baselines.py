@@ -17,10 +17,10 @@ from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm
 from clvr_jax.closed_loop.drawing import Drawing
 from clvr_jax.closed_loop.events import Drew, Ended, OnEvent, Retried, ignore
 from clvr_jax.closed_loop.result import Result, Task
+from clvr_jax.closed_loop.turn import HEAT
 from clvr_jax.data.trajectory import Step, Trajectory, check_goal
 from clvr_jax.data.turns import Action
 
-_HEAT = 0.7  # least temperature of an answer that is asked for anew
 RETRIES = 3  # of a picture or a question that failed
 
 
@@ -208,7 +208,7 @@ class _Baseline:
             try:
                 seed = self._task.draw(*what, attempt)
                 # what was said is not said again: after a failure the answer is drawn by chance
-                heat = max(options.temperature, _HEAT) if attempt else options.temperature
+                heat = max(options.temperature, HEAT) if attempt else options.temperature
                 chosen = dataclasses.replace(options, seed=seed, temperature=heat)
                 reply = session.submit([message], chosen).result()
                 self._tokens += reply.usage.completion

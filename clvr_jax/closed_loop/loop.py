@@ -40,7 +40,7 @@ from clvr_jax.data.turns import Turn
 
 HIDDEN = "The picture is drawn. It is not shown now; go on as you planned."
 AGAIN = "That could not be used: {why}. Answer again."
-_CUT = "it was longer than {tokens} tokens; be shorter"
+_CUT = "it was longer than {tokens} tokens"
 _GRACE = 1.0  # seconds in which a turn that is cut can say how much it has written
 
 
@@ -73,7 +73,9 @@ class Loop:
       options: of turns; their seeds come from the tasks.
       constrain: whether turns are decoded under a grammar, which remote models do not take.
       retries: times that a step is tried again, over a broken answer, a failing model, or a
-        picture of no numbers. What it costs counts.
+        picture of no numbers. What it costs counts. An answer that breaks the rules stays in the
+        conversation, with what is wrong with it; one without an end is taken back, and asked for
+        anew by chance (`turns.HEAT`), for it would lead the next ones astray.
       pause: seconds before a failing model is asked again, doubled each time.
     """
 
@@ -192,10 +194,10 @@ class _Run:
 
     def _think(self, said: Sequence[Message]) -> Turn:
         """The next turn."""
-        number = len(self._steps) + 1
+        number, heat = len(self._steps) + 1, 0.0
         for attempt in range(self._loop.retries + 1):
             self._require(self._spent.forbids_turn())
-            options = self._options(number, attempt)
+            options = self._options(number, attempt, heat)
             try:
                 reply = self._ask(said, options)
             except TooLong:
@@ -214,27 +216,30 @@ class _Run:
             if reply.finish == "length":
                 if self._spent.tokens_left == 0:
                     raise _Over("tokens")
-                if reply.usage.prompt + reply.usage.completion == self._loop.vlm.context:
+                full = reply.usage.prompt + reply.usage.completion == self._loop.vlm.context
+                if full and attempt == self._loop.retries:
                     raise _Over("context")
-                why = _CUT.format(tokens=options.max_tokens)
+                self._again(_CUT.format(tokens=reply.usage.completion), attempt)
+                self._session.take_back()
+                heat = turns.HEAT
+                continue
+            try:
+                turn = turns.read(reply.text, number)
+                if turn.action is not None:
+                    self._loop.images.check(self._order(turn)[0])
+            except ValueError as error:
+                self._again(str(error), attempt)
+                said = [user(AGAIN.format(why=error))]
             else:
-                try:
-                    turn = turns.read(reply.text, number)
-                    if turn.action is not None:
-                        self._loop.images.check(self._order(turn)[0])
-                except ValueError as error:
-                    why = str(error)
-                else:
-                    self._tell(Acted(self._task.id, number, turn.reasoning, turn.action))
-                    return turn
-            self._again(why, attempt)
-            said = [user(AGAIN.format(why=why))]
+                self._tell(Acted(self._task.id, number, turn.reasoning, turn.action))
+                return turn
         raise AssertionError("the last attempt raises")
 
-    def _options(self, number: int, attempt: int) -> Options:
+    def _options(self, number: int, attempt: int, heat: float) -> Options:
         options, left = self._loop.options, self._spent.tokens_left
         return dataclasses.replace(
             options,
+            temperature=max(options.temperature, heat),
             max_tokens=options.max_tokens if left is None else min(options.max_tokens, left),
             seed=self._task.draw("turn", number, attempt),
             grammar=turns.grammar(number) if self._loop.constrain else None,

@@ -8,6 +8,7 @@ from clvr_jax.data import turns
 from clvr_jax.data.turns import Turn, marker
 
 MOST_REFERENCES = 3
+HEAT = 0.7  # least temperature of a turn that is asked for anew
 # text of a JSON string on one line
 _STRING = r'"([^"\\\x00-\x1f]|\\["\\/bfnrt])+"'
 _OBJECT = re.compile(r"\{[^{}]*\"(?:action|kind)\"[^{}]*\}", re.DOTALL)

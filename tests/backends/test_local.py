@@ -78,6 +78,52 @@ def test_unequal_prompts_together_say_what_they_say_alone(vlm):
     assert together == alone
 
 
+def test_a_turn_taken_back_has_never_been(vlm):
+    first, lost = [system("be brief"), user("look", toy.picture(1))], [user("x", toy.picture(2))]
+    (_, told), ids = said(vlm, first, [user("and now?", toy.picture(3))])
+    for evicted in (False, True):
+        session = vlm.start()
+        with pytest.raises(InvalidRequest, match="no turn to take back"):
+            session.take_back()
+        session.ask(first, GREEDY)
+        before = len(session.ids)
+        session.ask(lost, HOT)
+        if evicted:
+            vlm.engine.call(session._sequence.evict)
+        session.take_back()
+        assert len(session.ids) == before
+        with pytest.raises(InvalidRequest, match="no turn to take back"):
+            session.take_back()
+        reply = session.ask([user("and now?", toy.picture(3))], GREEDY)
+        assert reply.text == told and session.ids == ids
+        assert reply.usage.cached == (0 if evicted else before)
+        session.close()
+
+
+def test_a_turn_that_runs_cannot_be_taken_back_and_a_lost_one_need_not(vlm):
+    session = vlm.start()
+    session.ask([user("look")], GREEDY)
+    before = session.ids
+    running = session.submit([user("go on")], Options(max_tokens=200))
+    with pytest.raises(Overloaded):
+        session.take_back()
+    running.cancel()
+    running.result()
+    session.take_back()
+    assert session.ids == before
+    blocked = threading.Event()
+    hold = threading.Thread(target=lambda: vlm.engine.call(blocked.wait))
+    hold.start()
+    waiting = session.submit([user("go on")], GREEDY)  # cancelled before it begins
+    waiting.cancel()
+    blocked.set()
+    waiting.result()
+    hold.join()
+    session.take_back()
+    assert session.ids == before
+    session.close()
+
+
 def test_a_seed_is_one_sample(vlm):
     turn = [user("tell")]
     options = [Options(max_tokens=24, temperature=1.0, seed=s) for s in (1, 2, 2**31 - 1)]

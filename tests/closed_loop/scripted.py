@@ -88,6 +88,9 @@ class Session:
             said = Reply(said, finish, Usage(20, 0, words))
         return Pending(said, seconds, on_text)
 
+    def take_back(self):
+        self._told.append("taken back")
+
     def close(self):
         pass
 

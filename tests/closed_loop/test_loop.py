@@ -19,6 +19,7 @@ from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.events import Acted, Drew, Ended, Retried, Said
 from clvr_jax.closed_loop.loop import HIDDEN
 from clvr_jax.closed_loop.result import answer_within, spent_within
+from clvr_jax.closed_loop.turn import HEAT
 from clvr_jax.data.conditioning import Policy
 from clvr_jax.data.trajectory import Trajectory
 from tests.closed_loop.scripted import GENERATE, STOP, Images, Vlm, edit
@@ -135,9 +136,13 @@ def test_a_conversation_that_fills_the_context_has_come_to_an_end():
     """Not to a failure, which would be drawn again, and fill it again."""
     made = loop(Vlm(GENERATE, TooLong("too long"))).run(TASK)
     assert made.trajectory.outcome == "context" and made.error is None and made.answer
-    vlm = Vlm(GENERATE, Reply("I see", "length", Usage(95, 0, 5)))
+    full = Reply("I see", "length", Usage(95, 0, 5))
+    vlm = Vlm(GENERATE, *[full] * 4)
     vlm.context = 100
     assert loop(vlm).run(TASK).trajectory.outcome == "context"
+    vlm = Vlm(GENERATE, full, STOP)
+    vlm.context = 100
+    assert loop(vlm).run(TASK).trajectory.outcome == "stopped", "another turn may fit"
     first = loop(Vlm(TooLong("too long"))).run(TASK)
     assert first.trajectory is None and "context" in first.error
 
@@ -256,6 +261,18 @@ def test_turns_longer_than_they_may_be_are_asked_again():
     vlm = Vlm(GENERATE, GENERATE, tokens=9)
     made = loop(vlm, retries=1, options=Options(max_tokens=8)).run(TASK)
     assert "longer than 8 tokens" in made.error and made.tokens == 16
+
+
+def test_a_turn_without_an_end_is_taken_back_and_asked_anew_by_chance():
+    """Kept, it would lead the next ones astray; asked greedily, it would come again."""
+    vlm = Vlm(GENERATE, Reply("I see. I see.", "length", Usage(20, 0, 50)), edit(1), STOP)
+    made = loop(vlm, options=Options(max_tokens=50)).run(TASK)
+    first, second, back, anew, last = vlm.sessions[0]
+    assert made.trajectory.outcome == "stopped" and made.tokens == 80
+    assert made.trajectory.steps[1].metadata["retries"] == ["it was longer than 50 tokens"]
+    assert back == "taken back" and anew[0] == second[0], "the same picture, and nothing else"
+    heats = [options.temperature for _, options in (first, second, anew, last)]
+    assert heats == [0.0, 0.0, HEAT, 0.0] and second[1].seed != anew[1].seed
 
 
 def test_a_grammar_is_asked_for_where_it_is_wanted():

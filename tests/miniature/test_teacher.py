@@ -143,6 +143,19 @@ def test_it_is_the_protocol_and_depends_on_the_conversation_alone():
     assert len(others) > 2 and len(sampled) > 2
 
 
+def test_a_turn_taken_back_has_never_been():
+    session = Teacher(0, POLICY, glance).start()
+    with pytest.raises(InvalidRequest, match="no turn to take back"):
+        session.take_back()
+    session.ask(opened("a star and two red rings"))
+    shown = user(picture(Scene((Thing(3, "star", "red", "small"),))))
+    told = session.ask([shown]).text
+    session.take_back()
+    with pytest.raises(InvalidRequest, match="no turn to take back"):
+        session.take_back()
+    assert session.ask([shown]).text == told
+
+
 def test_options_cut_a_turn():
     ask = lambda **options: (
         Teacher(0, POLICY, glance).start().ask(opened("a star"), Options(**options))

@@ -14,6 +14,7 @@ from clvr_jax.backends.local.reader import Reader
 from clvr_jax.backends.local.sequence import Sequence
 from clvr_jax.backends.local.work import Pending, Work
 from clvr_jax.backends.protocol import (
+    NO_TURN,
     Closed,
     InvalidRequest,
     Message,
@@ -103,6 +104,7 @@ class LocalSession(Session):
 
     def __init__(self, vlm: LocalVlm):
         self._vlm, self._sequence = vlm, Sequence()
+        self._last: Work | None = None  # what `take_back` takes back
         self._lock = threading.Lock()
 
     @property
@@ -129,6 +131,7 @@ class LocalSession(Session):
         except BaseException:
             self._sequence.running = False
             raise
+        self._last = work
         return work.pending
 
     def score(self, messages: Several[Message], continuations: Several[str]) -> list[Score]:
@@ -143,6 +146,23 @@ class LocalSession(Session):
         finally:
             self._sequence.running = False
         return [Score(float(row.sum()), tuple(map(float, row))) for row in rows]
+
+    def take_back(self) -> None:
+        """Forget the last turn; what was read before it stays in the cache. See the protocol.
+
+        Raises:
+          InvalidRequest: no turn has been asked, or it has been taken back already.
+          Overloaded: the model has been closed, or this session's last turn is not done.
+        """
+        self._claim()
+        try:
+            work, self._last = self._last, None
+            if work is None:
+                raise InvalidRequest(NO_TURN)
+            if work.mark is not None:  # it was not cancelled before it began
+                self._vlm.engine.call(lambda: self._sequence.back_to(work.mark))
+        finally:
+            self._sequence.running = False
 
     def close(self) -> None:
         """Free what the session holds; a turn that runs is cancelled."""

@@ -70,6 +70,7 @@ class Work:
       ends: token ids that end it.
       limit: tokens that it may generate.
       matcher: its grammar, None for free text.
+      mark: how the sequence was before it, None until it begins.
       seed: of its sampling.
       mask: bits of the tokens that its grammar allows next.
     """
@@ -82,7 +83,7 @@ class Work:
     ends: tuple[int, ...]
     limit: int
     matcher: Matcher | None
-    mark: tuple[int, int, int, int] = (0, 0, 0, 0)
+    mark: tuple[int, int, int, int] | None = None
     seed: int = 0
     prompt: int = 0
     cached: int = 0

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from clvr_jax.backends.protocol import (
+    NO_TURN,
     Closed,
     InvalidRequest,
     Message,
@@ -178,6 +179,7 @@ class Conversation(Session):
         self._answer = answer
         self._jpeg_quality = jpeg_quality
         self._messages: tuple[Said, ...] = ()
+        self._before: tuple[Said, ...] | None = None  # the last turn
         self._turn: Turn | None = None
         self._closed = False
         self._lock = threading.Lock()
@@ -201,13 +203,7 @@ class Conversation(Session):
         new = tuple(prepare(message, self._jpeg_quality) for message in messages)
         submitted = time.monotonic()
         with self._lock:
-            if self._closed:
-                raise Closed("the session has been closed")
-            if self._turn is not None:
-                raise Overloaded(
-                    "the session's last turn is still being generated; wait for its result, or "
-                    "start another session to ask at the same time"
-                )
+            self._check_idle()
             self._workers.check_open()
             request = self._request((*self._messages, *new), options)
 
@@ -222,6 +218,7 @@ class Conversation(Session):
                         self._messages = (*request.messages, Said("assistant", (reply.text,)))
 
             turn = self._turn = Turn(work, settle)
+            self._before = self._messages
         try:
             self._workers.start(turn)
         except Overloaded:
@@ -240,6 +237,28 @@ class Conversation(Session):
             "a chat completions endpoint does not give log-probabilities of given text; score "
             "with a local model, or ask with Options(logprobs=n) and compare the choices' tokens"
         )
+
+    def take_back(self) -> None:
+        """Forget the last turn; see Session.
+
+        Raises:
+          InvalidRequest: no turn has been asked, or it has been taken back already.
+          Overloaded: the last turn is not done yet, or this was closed.
+        """
+        with self._lock:
+            self._check_idle()
+            if self._before is None:
+                raise InvalidRequest(NO_TURN)
+            self._messages, self._before = self._before, None
+
+    def _check_idle(self) -> None:
+        if self._closed:
+            raise Closed("the session has been closed")
+        if self._turn is not None:
+            raise Overloaded(
+                "the session's last turn is still being generated; wait for its result, or "
+                "start another session to ask at the same time"
+            )
 
     def close(self) -> None:
         """Cancel a turn that is being generated and forget the messages."""

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.backends.protocol import (
+    NO_TURN,
     Closed,
     InvalidRequest,
     Message,
@@ -93,6 +94,7 @@ class Conversation(Session):
         self._teacher = teacher
         self._messages: tuple[Message, ...] = ()
         self._readings: tuple[Readings, ...] = ()
+        self._before: tuple[tuple[Message, ...], tuple[Readings, ...]] | None = None
         self._lock, self._closed = threading.Lock(), False
 
     def submit(
@@ -109,14 +111,14 @@ class Conversation(Session):
           Closed: this or the teacher was closed.
         """
         with self._lock:
-            if self._closed or self._teacher.closed:
-                raise Closed("the conversation has been closed")
+            self._check_open()
             if not messages:
                 raise InvalidRequest("no messages; the teacher cannot continue a turn")
             said = (*self._messages, *messages)
             looks = [self._teacher.look(image) for m in messages for image in m.images]
             readings = (*self._readings, *looks)
             reply = self._reply(said, readings, options)
+            self._before = self._messages, self._readings
             self._messages = (*said, Message("assistant", (reply.text,)))
             self._readings = readings
         if on_text and reply.text:
@@ -130,6 +132,23 @@ class Conversation(Session):
           InvalidRequest: always.
         """
         raise InvalidRequest("the scripted teacher has no log-probabilities; ask it instead")
+
+    def take_back(self) -> None:
+        """Forget the last turn; see Session.
+
+        Raises:
+          InvalidRequest: no turn has been asked, or it has been taken back already.
+          Closed: this or the teacher was closed.
+        """
+        with self._lock:
+            self._check_open()
+            if self._before is None:
+                raise InvalidRequest(NO_TURN)
+            (self._messages, self._readings), self._before = self._before, None
+
+    def _check_open(self) -> None:
+        if self._closed or self._teacher.closed:
+            raise Closed("the conversation has been closed")
 
     def close(self) -> None:
         """Forget the messages."""

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.backends.protocol import (
+    Closed,
     InvalidRequest,
     Message,
     Options,
@@ -168,6 +169,22 @@ def test_a_failed_turn_leaves_the_session_as_it_was(server, connect):
         session.ask([user("bad")])
     session.ask([user("b")])
     assert [m["content"] for m in server.bodies[2]["messages"]] == ["a", "ok", "b"]
+
+
+def test_a_turn_taken_back_has_never_been(server, connect):
+    session = connect().start()
+    with pytest.raises(InvalidRequest, match="no turn to take back"):
+        session.take_back()
+    session.ask([user("a")])
+    session.ask([user("lost")])
+    session.take_back()
+    with pytest.raises(InvalidRequest, match="no turn to take back"):
+        session.take_back()
+    session.ask([user("b")])
+    assert [m["content"] for m in server.bodies[2]["messages"]] == ["a", "ok", "b"]
+    session.close()
+    with pytest.raises(Closed):
+        session.take_back()
 
 
 @pytest.mark.parametrize("stream", [False, True])
