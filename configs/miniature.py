@@ -43,6 +43,7 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
     if variant == "vlm":
         c.data.tokens = 2048  # of a row that begins with a long lesson
         c.data.images = 20  # of such a row
+        c.data.positions = 4096  # over which conversations are spread, as the loop's come to be
         # steps of a round: short lessons, in three times as many rows; long ones, as stories are
         c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer

@@ -15,7 +15,7 @@ from clvr_jax.miniature.pictures import Picture, rendered
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.samples import Stream, row_generator
 from clvr_jax.sft.vlm.batches import Arrays, Filling
-from clvr_jax.sft.vlm.examples import Example, encode
+from clvr_jax.sft.vlm.examples import Example, encode, spread
 from clvr_jax.sft.vlm.loss import Networks
 from conversion.components import Component
 from launch.bench import flops
@@ -29,7 +29,7 @@ Drawn = tuple[Example, list[Picture]]
 _PARTS = 3  # rows of short lessons alone that are as long as one with a long one
 _LEAST = 600  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 19  # of what the lessons are; another one is other data
+_VERSION = 20  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:
@@ -102,7 +102,8 @@ def data(
 
     def draw(rng: Rng, begins: bool) -> Drawn:
         said = lesson(rng, some_task(rng, long if begins else short))
-        return encode(said.messages, reads, cfg), said.pictures
+        example = encode(said.messages, reads, cfg)
+        return spread(example, rng, config.data.positions), said.pictures
 
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
@@ -124,7 +125,8 @@ def data(
 
     return world.endless(
         split,
-        fingerprint=f"conversations {_VERSION} {split} seed {config.seed} {short | long}",
+        fingerprint=f"conversations {_VERSION} {split} seed {config.seed} {short | long} "
+        f"positions {config.data.positions}",
         steps=Epochs(plan, steps=steps),
         make=make,
         unit="rows",

@@ -19,6 +19,7 @@ from launch import build_vlm
 from launch.toy import SEEING, VLM_TEMPLATE, byte_tokenizer
 from launch.toy_data import make
 from tests.backends import toy
+from tests.sft import vlm_cases
 
 ANSWERS = ("Draw a jug.\n<IMG_GEN_1>", " spaced, é and 水 ", "done")
 
@@ -237,3 +238,24 @@ def test_a_dataset_of_trajectories_is_planned_and_read(reads, cfg, tmp_path):
     said = [m.parts[0] for i in range(7) for m in messages(i) if m.role == "assistant"]
     assert sorted(reads.tokenizer.decode(learnt).split("<|im_end|>")) == sorted([*said, ""])
     assert sum("<IMG_GEN_" in text for text in said) == 13
+
+
+def test_half_of_the_conversations_are_spread_over_more_positions():
+    said = vlm_cases.example(3, (4, 6), 2, -5, 1, -7, (2, 2), 1, -2)
+    turns = np.flatnonzero(np.diff(said.trained.astype(int)) == -1) + 1
+    drawn = [examples.spread(said, np.random.default_rng(seed), 200) for seed in range(200)]
+    moved = np.array([each.positions - said.positions for each in drawn])
+    assert all(each.positions.dtype == np.int32 for each in drawn)
+    assert all(np.array_equal(each.ids, said.ids) for each in drawn)
+    assert (moved == moved[..., :1]).all(), "a picture moves as a whole"
+    gaps = np.diff(moved[..., 0], prepend=0)
+    assert (gaps >= 0).all() and set(np.flatnonzero(gaps.any(0))) == set(turns)
+    assert 70 < (moved == 0).all((1, 2)).sum() < 130
+    ends = np.array([each.positions.max() for each in drawn])
+    assert ends.max() < 200 and np.quantile(ends, 0.9) > 150, "up to the whole room"
+
+
+def test_what_has_one_turn_or_no_room_is_not_spread():
+    for said, longest in [(vlm_cases.example(3, -5), 99), (vlm_cases.example(2, -2, 2, -2), 8)]:
+        for seed in range(9):
+            assert examples.spread(said, np.random.default_rng(seed), longest) is said

@@ -65,6 +65,30 @@ def encode(messages: Messages, processor: Processor, cfg: Qwen3VLConfig) -> Exam
     return _encode(messages, processor, cfg, read_image)
 
 
+def spread(example: Example, rng: np.random.Generator, longest: int) -> Example:
+    """Return a conversation with gaps in its positions, as if more had been said between its turns.
+
+    Rotary positions that a model has never seen tell it nothing: where rows end, what it says falls
+    apart. So it sees them in rows that are shorter than conversations are (Zhu et al., PoSE,
+    arXiv:2309.10400). Half of the conversations are left as they are.
+
+    Args:
+      example: stays as it is where it has a single turn.
+      rng: decides how far.
+      longest: positions that all of it may take; no fewer than it takes are.
+    """
+    after = np.flatnonzero(example.trained[:-1] & ~example.trained[1:]) + 1  # a turn of its
+    free = longest - 1 - int(example.positions.max())
+    if not len(after) or free < 1 or rng.random() < 0.5:
+        return example
+    total = int(rng.integers(1, free + 1))
+    gaps = np.diff(np.sort(rng.integers(0, total + 1, len(after) - 1)), prepend=0, append=total)
+    moved = np.zeros_like(example.positions)
+    moved[after] = gaps[:, None]
+    positions = example.positions + np.cumsum(moved, axis=0, dtype=moved.dtype)
+    return dataclasses.replace(example, positions=positions)
+
+
 def sizes(
     count: int,
     messages: Callable[[int], Messages],
