@@ -31,7 +31,7 @@ _PICKED = "The first ones of each kind by number, passed and failed; none is cho
 
 def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
     """Write the page, one file."""
-    settings, weights = about["settings"], about["weights"]
+    settings = about["settings"]
     sections = [_prompts(evaluation.prompts)]
     if evaluation.edits:
         sections.append(_edits(evaluation.edits))
@@ -41,8 +41,9 @@ def write(file: Path, about: dict[str, Any], evaluation: Evaluation) -> None:
         sections.append(_reading(evaluation.reading))
     html = evaluation_page(
         f"Miniature, {settings['split'].replace('_', '-')} split",
-        f"{weights['path']}: {settings['steps']} steps, guidance {settings['guidance']:g}, seed "
-        f"{settings['seed']}. Rates are of what the evaluation detector reads in the pictures.",
+        f"{settings['weights']}: {settings['steps']} steps, guidance {settings['guidance']:g}, "
+        f"seed {settings['seed']}. Rates are of what the evaluation detector reads in the "
+        "pictures.",
         list(_tiles(evaluation)),
         sections,
         list(_facts(about)),

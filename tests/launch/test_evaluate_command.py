@@ -56,7 +56,7 @@ def bucket(tokens):
 
 ABOUT = {
     "benchmark": "miniature",
-    "settings": {"split": "dev", "steps": 28, "guidance": 4.0, "seed": 0},
+    "settings": {"weights": "mine", "split": "dev", "steps": 28, "guidance": 4.0, "seed": 0},
     "weights": {
         "path": "somewhere",
         "kind": "painter",
@@ -136,6 +136,7 @@ def test_results_are_json_and_the_page_needs_nothing_else(evaluations, tmp_path)
     shown = 24 + sum(len(case.shown) + 1 for case in evaluations[1].edits.asked) + 12
     assert html.count('src="data:image/png;base64,') == shown == html.count("<img ")
     assert not re.search(r"""(src|href)=["'](?!data:)|<script|<link|url\(""", html)
+    assert "mine: 28 steps, guidance 4, seed 0" in html, "as it was named, not where it lies"
     assert "&lt;miniature&gt;" in html and "missing: " in html
     assert html.count('class="card passed"') + html.count('class="card failed"') == 24 + 14 + 6
     text = Console(width=100, record=True, file=io.StringIO())
