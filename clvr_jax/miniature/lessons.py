@@ -19,6 +19,7 @@ from clvr_jax.miniature import comparisons, edits, prompts, scenes
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.held_out import Split, is_clean
 from clvr_jax.miniature.painter import Painter
+from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import Picture, new_seed
 from clvr_jax.miniature.readings import certain
 from clvr_jax.miniature.render import SIDE
@@ -40,7 +41,8 @@ SHORT = {
     "rewrite": 0.05,
     "repeat": 0.05,
     "compare": 0.1,
-    "find": 0.1,
+    "find": 0.05,
+    "need": 0.05,
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
 LONG = {"story": 0.8, "proxy": 0.1, "narrate": 0.1}
@@ -53,6 +55,8 @@ LONGEST = 6  # pictures of a story
 REPEAT = requests.Request("Say this again, word for word: {text}")
 COMPARE = requests.Request("Is each of these what is asked for?\n{pairs}")
 FIND = requests.Request("Where is each of these?\n{things}\nThere is {seen}.")
+NEED = requests.Request("What does this ask for?\n{text}")
+RELATED = 0.4  # share of prompts that are drawn until they say how things lie; else few do
 _PAIRS = 4  # of a comparison
 _FOUND = 6  # things that are looked for
 BLANK = Image.new("RGB", (SIDE, SIDE))
@@ -152,7 +156,7 @@ def _difference(rng: Rng) -> Lesson:
 
 def _asked_for(rng: Rng) -> tuple[prompts.Prompt, Scene]:
     """A prompt and a scene for it, in which something may be wrong."""
-    prompt, scene = prompts.sample(rng, None, Split.TRAIN)
+    prompt, scene = _prompt(rng)
     if rng.random() >= RIGHT:
         scene = _edited(rng, scene, int(rng.integers(1, 5)))
     return prompt, scene
@@ -217,8 +221,24 @@ def _find(rng: Rng) -> Lesson:
     return Lesson([asked, assistant(language.sentence(*said))], [])
 
 
+def _need(rng: Rng) -> Lesson:
+    """What a prompt asks for, as the loop's first turn lists it."""
+    text = _goal(rng)
+    said = language.sentence(*language.listed(parse_prompt(text)))
+    return Lesson([NEED.message(text=text), assistant(said)], [])
+
+
+def _prompt(rng: Rng) -> tuple[prompts.Prompt, Scene]:
+    """A prompt and a scene that it describes."""
+    related = rng.random() < RELATED
+    while True:
+        prompt, scene = prompts.sample(rng, None, Split.TRAIN)
+        if prompt.goal.relations or not related:
+            return prompt, scene
+
+
 def _goal(rng: Rng) -> str:
-    return prompts.sample(rng, None, Split.TRAIN)[0].text
+    return _prompt(rng)[0].text
 
 
 def _order(rng: Rng) -> str:
@@ -236,7 +256,7 @@ def _story(rng: Rng) -> Lesson:
 
 
 def _drawing(rng: Rng) -> Lesson:
-    prompt, _ = prompts.sample(rng, None, Split.TRAIN)
+    prompt, _ = _prompt(rng)
     said, shown, pictures = [system(requests.CONTROL), user(prompt.text)], [], []
     painter, seed = Painter(rng, MISTAKES), 0
     while True:
@@ -292,6 +312,7 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "repeat": _repeat,
     "compare": _compare,
     "find": _find,
+    "need": _need,
     "story": _story,
     "proxy": _proxy,
     "narrate": _narrate,

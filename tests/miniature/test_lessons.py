@@ -155,7 +155,7 @@ def test_proxy_prompts_and_narratives_end_a_story():
 
 
 def test_texts_alone_are_lessons_too():
-    for task in ("checklist", "rewrite", "repeat", "compare", "find"):
+    for task in ("checklist", "rewrite", "repeat", "compare", "find", "need"):
         assert all(not said.pictures for said in drawn(task, 4))
     for said in drawn("repeat", 8):
         assert said.messages[1].text == lessons.REPEAT.match(said.messages[0].text)["text"]
@@ -163,6 +163,21 @@ def test_texts_alone_are_lessons_too():
         goal = parse_prompt(requests.REWRITE.match(said.messages[0].text)["goal"])
         written = parse_prompt(said.messages[1].text)
         assert written.count == goal.count and all(group.place for group in written.groups)
+
+
+def test_what_is_needed_is_all_that_was_asked_for_and_what_is_said_of_it_in_the_same_words():
+    related = 0
+    for said in drawn("need", 60):
+        goal = parse_prompt(lessons.NEED.match(said.messages[0].text)["text"])
+        things, *relations = said.messages[1].text.rstrip(".").split(". ")
+        assert parse_prompt(said.messages[1].text) == goal
+        for each in relations:
+            first, second = re.fullmatch("The (.*) is (?:.*?) the (.*)", each).groups()
+            words = re.split(", | and ", things.lower())
+            for end in (first, second):
+                assert any(re.fullmatch(f"an? {end}( in the .*)?", told) for told in words)
+        related += bool(relations)
+    assert 20 < related < 50, "few prompts say how things lie, and it is hard"
 
 
 def test_comparisons_are_true_and_half_of_them_are_wrong():

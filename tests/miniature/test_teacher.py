@@ -209,7 +209,7 @@ def test_a_prompt_is_asked_for_in_its_own_words_and_gone_through_one_by_one():
     goal = "please draw a tiny red star, two rings and a cross. the star is above the cross"
     turn = after(goal, policy=Policy(stepwise=0.0))
     assert turn.action.prompt == goal
-    needed = "a small red star, two rings and a cross. The star is above the cross."
+    needed = "a small red star, two rings and a cross. The small red star is above the cross."
     assert needed in turn.reasoning
     ring, cross = BLUE._replace(cell=8), Thing(12, "cross", "black", "large")
     turn = after(goal, Scene((RED, ring, cross)))
@@ -221,13 +221,13 @@ def test_a_prompt_is_asked_for_in_its_own_words_and_gone_through_one_by_one():
         "ring for ring, used.",
         "A cross at a4: a large black cross, cross for cross, a4 asked. "
         "So a1 asked, a3 asked and a4 asked.",
-        "A ring: it is missing. The star at a1 is above the cross at a4: a1 above a4.",
+        "A ring: it is missing. The small red star at a1 is above the cross at a4: a1 above a4.",
     ):
         assert line in turn.reasoning
     right = after(goal, Scene((RED, ring, BLUE, cross)))
     assert right.stop and not re.search(r" no\b", right.reasoning)
     low = after(goal, Scene((RED._replace(cell=13), ring, BLUE, cross._replace(cell=1))))
-    told = "The star at b4 is above the cross at b1: b4 above b1 no, the red star"
+    told = "The small red star at b4 is above the cross at b1: b4 above b1 no, the red star"
     assert told in low.reasoning
     half = after(goal, Scene((RED, ring, BLUE)))
     assert "A cross: it is missing." in half.reasoning and "above" not in half.reasoning

@@ -107,7 +107,7 @@ def usual(group: Group) -> str:
 
 
 def usual_relation(goal: Goal, relation: Relation, *cells: int) -> str:
-    """Return "the star is left of the red ring", always in the same words.
+    """Return "the star is left of the red ring", in the words of `usual` but for its places.
 
     Args:
       goal: what is asked for.
@@ -117,15 +117,17 @@ def usual_relation(goal: Goal, relation: Relation, *cells: int) -> str:
     Raises:
       ValueError: no words tell its things from others.
     """
-    found = [names(goal.groups, i) for i in (relation.first, relation.second)]
-    if not all(found):
-        ends = (usual(goal.groups[i]) for i in (relation.first, relation.second))
+    ends = [goal.groups[i] for i in (relation.first, relation.second)]
+    if not all(names(goal.groups, i) for i in (relation.first, relation.second)):
         raise ValueError(
-            f"{f' {relation.word} '.join(ends)}: no words tell both from all else that is asked "
-            "for; say colours or sizes"
+            f"{f' {relation.word} '.join(map(usual, ends))}: no words tell both from all else that "
+            "is asked for; say colours or sizes"
         )
     at = [f" at {COORDINATES[cell]}" for cell in cells] or ["", ""]
-    first, second = (f"{kind_name(*name[0])}{here}" for name, here in zip(found, at, strict=True))
+    first, second = (
+        f"{kind_name(end.shape or 'thing', end.colour, end.size)}{here}"
+        for end, here in zip(ends, at, strict=True)
+    )
     return f"the {first} is {relation.word} the {second}"
 
 
