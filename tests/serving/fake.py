@@ -132,6 +132,9 @@ class FakeSession:
     def score(self, messages, continuations):
         raise InvalidRequest("the fake does not score")
 
+    def take_back(self):
+        self.vlm.violations.append("took a turn back, which no client of a server asks for")
+
     def close(self):
         if self.busy:
             self.vlm.violations.append("closed a busy session")
