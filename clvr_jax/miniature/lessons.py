@@ -16,14 +16,16 @@ from clvr_jax.backends.protocol import Message, assistant, system, user
 from clvr_jax.data import turns
 from clvr_jax.data.turns import Action
 from clvr_jax.miniature import comparisons, edits, prompts, scenes
-from clvr_jax.miniature.chance import Rng
+from clvr_jax.miniature.chance import Rng, pick
+from clvr_jax.miniature.detect import detect
 from clvr_jax.miniature.held_out import Split, is_clean
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_prompt
-from clvr_jax.miniature.pictures import Picture, new_seed
-from clvr_jax.miniature.readings import certain
+from clvr_jax.miniature.pictures import Picture, new_seed, picture_of, rendered
+from clvr_jax.miniature.readings import SURE, Readings, read
 from clvr_jax.miniature.render import SIDE
-from clvr_jax.miniature.scene import Scene, from_codes
+from clvr_jax.miniature.scene import CELLS, Scene, from_codes
+from clvr_jax.miniature.scenes import changed
 from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
@@ -50,6 +52,8 @@ RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 6  # pictures of a story
+BLURRED = 0.2  # share of drawn pictures in which a thing is unclear, as far as one comes out so
+_BLURS = 8  # tries
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
 # are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
@@ -126,15 +130,53 @@ def _about(
 ) -> Lesson:
     """A request about pictures, of one seed unless they are drawn apart, and the answer."""
     seeds = [new_seed(rng) for _ in shown] if apart else [new_seed(rng)] * len(shown)
-    asked = request.message(*[BLANK] * len(shown), **fields)
-    said = [asked, assistant(_answer(rng, [asked], shown))]
     pictures = [Picture(scene.codes(), seed) for scene, seed in zip(shown, seeds, strict=True)]
+    return _asking(rng, request, pictures, **fields)
+
+
+def _asking(rng: Rng, request: requests.Request, pictures: list[Picture], **fields: str) -> Lesson:
+    asked = request.message(*[BLANK] * len(pictures), **fields)
+    said = [asked, assistant(_answer(rng, [asked], pictures))]
     return Lesson(said, pictures)
 
 
-def _answer(rng: Rng, said: list[Message], shown: Sequence[Scene]) -> str:
-    readings = [certain(scene.codes()[None]) for scene in shown]
-    return answer(said, readings, _POLICY, str(rng.integers(2**32)))
+def _blurred(rng: Rng, picture: Picture) -> Picture:
+    """The picture with one thing that is half another, or half gone; as it is if none comes so.
+
+    The teacher's own detector says whether it is unclear, and most like what it was.
+    """
+    scene = from_codes(picture.codes)
+    for _ in range(_BLURS if scene.things else 0):
+        thing = pick(rng, scene.things)
+        left, kind = scene.without(thing.cell), pick(rng, ("colour", "shape", "gone"))
+        other = left if kind == "gone" else left.put(changed(rng, thing, kind))
+        share = rng.uniform(0.3, 0.6)
+        blurred = picture._replace(blend=other.codes(), share=share)
+        seen = detect(rendered([blurred], 1))
+        unsure = np.flatnonzero(seen.confidence[0] < SURE).tolist()
+        if is_clean(other) and (seen.codes[0] == picture.codes).all() and unsure == [thing.cell]:
+            return blurred
+    return picture
+
+
+def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
+    """A picture as models draw it: of its base, what was unclear and has not been changed is so."""
+    if base is not None and base.blend is not None:
+        kept = np.where(base.codes == picture.codes, base.blend, picture.codes)
+        if (kept != picture.codes).any():
+            return picture._replace(blend=kept, share=base.share)
+    return _blurred(rng, picture) if rng.random() < BLURRED else picture
+
+
+def _answer(rng: Rng, said: list[Message], shown: Sequence[Picture]) -> str:
+    return answer(said, [*map(_reading, shown)], _POLICY, str(rng.integers(2**32)))
+
+
+def _reading(picture: Picture) -> Readings:
+    """What is to be read from a picture, by one who never errs."""
+    confidence = np.ones((1, CELLS))
+    confidence[0, list(picture.unclear)] = SURE / 2
+    return read(picture.codes[None], confidence, np.ones(1, bool))
 
 
 def _scene(rng: Rng) -> Scene:
@@ -164,7 +206,8 @@ def _asked_for(rng: Rng) -> tuple[prompts.Prompt, Scene]:
 
 def _critique(rng: Rng) -> Lesson:
     prompt, scene = _asked_for(rng)
-    return _about(rng, requests.CRITIQUE, scene, goal=prompt.text)
+    picture = _drawn(rng, picture_of(scene, rng), None)
+    return _asking(rng, requests.CRITIQUE, [picture], goal=prompt.text)
 
 
 def _choose(rng: Rng) -> Lesson:
@@ -260,7 +303,7 @@ def _drawing(rng: Rng) -> Lesson:
     said, shown, pictures = [system(requests.CONTROL), user(prompt.text)], [], []
     painter, seed = Painter(rng, MISTAKES), 0
     while True:
-        text = _answer(rng, said, shown)
+        text = _answer(rng, said, pictures)
         said.append(assistant(text))
         action = turns.parse(text, len(shown) + 1).action
         if action is None or len(shown) == LONGEST:
@@ -268,7 +311,8 @@ def _drawing(rng: Rng) -> Lesson:
         shown.append(painter.draw(action, shown))
         if action.kind == "generate":
             seed = new_seed(rng)
-        pictures.append(Picture(shown[-1].codes(), seed))
+        base = pictures[action.references[-1] - 1] if action.references else None
+        pictures.append(_drawn(rng, Picture(shown[-1].codes(), seed), base))
         said.append(user(BLANK))
 
 
@@ -277,7 +321,7 @@ def _proxy(rng: Rng) -> Lesson:
     story = _story(rng)
     pictures = story.pictures[:-1]
     said = [*story.messages[: 2 * len(pictures) + 3], requests.PROXY.message()]
-    return Lesson([*said, assistant(_answer(rng, said, _scenes(pictures)))], pictures)
+    return Lesson([*said, assistant(_answer(rng, said, pictures))], pictures)
 
 
 def _narrate(rng: Rng) -> Lesson:
@@ -286,7 +330,7 @@ def _narrate(rng: Rng) -> Lesson:
     steps = "\n".join(action.line() for action in _actions(story)[: len(story.pictures)])
     goal, blank = story.messages[1].text, [BLANK] * len(story.pictures)
     said = [requests.NARRATE.message(*blank, goal=goal, steps=steps)]
-    return Lesson([*said, assistant(_answer(rng, said, _scenes(story.pictures)))], story.pictures)
+    return Lesson([*said, assistant(_answer(rng, said, story.pictures))], story.pictures)
 
 
 def _actions(story: Lesson) -> list[Action]:

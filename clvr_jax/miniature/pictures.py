@@ -17,10 +17,21 @@ class Picture(NamedTuple):
     Attributes:
       codes: kinds by cell (16,) int32.
       seed: of jitter and texture, below 2^32.
+      blend: codes of a picture that it is partly like, None where it is clean: what differs in them
+        is neither the one nor the other, as models draw that are not sure.
+      share: of that picture in it, from 0 to 1.
     """
 
     codes: np.ndarray
     seed: int
+    blend: np.ndarray | None = None
+    share: float = 0.0
+
+    @property
+    def unclear(self) -> tuple[int, ...]:
+        """Cells that are neither the one nor the other."""
+        blend = self.codes if self.blend is None else self.blend
+        return tuple(np.flatnonzero(blend != self.codes).tolist())
 
 
 def new_seed(rng: Rng) -> int:
@@ -42,12 +53,23 @@ def stacked(
 
 
 def rendered(pictures: Sequence[Picture], size: int) -> UInt8[np.ndarray, "b y x 3"]:
-    """Return the pixels of pictures.
+    """Return the pixels of pictures, blends among them.
 
     Args:
       pictures: any number of them.
       size: how many are rendered together, the last ones filled up: another size is compiled anew.
     """
+    pixels = _clean(pictures, size)
+    unclear = [i for i, picture in enumerate(pictures) if picture.blend is not None]
+    likes = _clean([pictures[i]._replace(codes=pictures[i].blend) for i in unclear], size)
+    for i, like in zip(unclear, likes, strict=True):
+        mixed = (1 - pictures[i].share) * pixels[i] + pictures[i].share * like
+        pixels[i] = np.round(mixed).astype(np.uint8)
+    return pixels
+
+
+def _clean(pictures: Sequence[Picture], size: int) -> np.ndarray:
+    """The pixels of pictures without their blends."""
     parts = [np.zeros((0, SIDE, SIDE, 3), np.uint8)]
     for start in range(0, len(pictures), size):
         codes, seeds = stacked(pictures[start : start + size])

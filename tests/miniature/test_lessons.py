@@ -7,8 +7,9 @@ import pytest
 
 from clvr_jax.backends import requests
 from clvr_jax.data import turns
-from clvr_jax.miniature import held_out, lessons, splits
+from clvr_jax.miniature import detect, held_out, lessons, splits
 from clvr_jax.miniature.parse import parse_prompt
+from clvr_jax.miniature.pictures import rendered
 from clvr_jax.miniature.places import COORDINATES, PLACES, related
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import from_codes
@@ -41,9 +42,40 @@ def test_critiques_name_the_kinds_of_faults_there_are():
         asked, answer = said.messages
         goal = parse_prompt(requests.CRITIQUE.match(asked.text)["goal"])
         faults = goal.faults(from_codes(said.pictures[0].codes))
-        assert sorted(requests.faults(answer.text)) == sorted(fault.kind for fault in faults)
-        right += not faults
+        kinds = [*(fault.kind for fault in faults), *["unclear"] * len(said.pictures[0].unclear)]
+        assert sorted(requests.faults(answer.text)) == sorted(kinds)
+        right += not kinds
     assert 5 < right < 25
+
+
+def test_what_is_unclear_is_said_of_where_it_is():
+    """As the teacher's detector has it, whose reading the lessons stand for."""
+    shown = [(said, said.pictures[0]) for said in drawn("critique", 80)]
+    for said, picture in shown:
+        check, *_ = said.messages[1].text.splitlines()
+        cells = [COORDINATES[cell] for cell in picture.unclear]
+        serving = re.search(r"So ([^.]*)\.", check)[1]
+        for told in (check.split(". ")[0], serving):
+            assert re.findall(r"([a-d][1-4])(?: asked| no)? unclear", told) == cells
+        assert re.findall(r"But ([a-d][1-4]) unclear, the", check) == cells
+    blurred = [picture for _, picture in shown if picture.unclear]
+    assert 8 < len(blurred) < 30
+    seen = detect.detect(rendered(blurred, 16))
+    assert not seen.clean.any() and (seen.codes == [picture.codes for picture in blurred]).all()
+
+
+def test_what_is_unclear_stays_so_until_it_is_changed():
+    kept = 0
+    for said in drawn("story", 60, start=9):
+        replies = [m.text for m in said.messages if m.role == "assistant"]
+        for number, picture in enumerate(said.pictures[1:], 2):
+            action = turns.parse(replies[number - 1], number).action
+            if action.references:
+                base = said.pictures[action.references[-1] - 1]
+                same = [c for c in base.unclear if base.codes[c] == picture.codes[c]]
+                assert set(same) <= set(picture.unclear)
+                kept += len(same)
+    assert kept > 3
 
 
 def test_differences_are_of_one_seed():
@@ -62,6 +94,7 @@ def test_stories_are_turns_as_they_are_trained():
         if parsed[-1].stop:
             goal = parse_prompt(said.messages[1].text)
             assert goal.holds(from_codes(said.pictures[-1].codes)), "it stops when all is right"
+            assert not said.pictures[-1].unclear
         lengths.append(len(replies))
     assert stopped > 8 and len(set(lengths)) > 2
     assert max(lengths) <= lessons.LONGEST + 1

@@ -76,6 +76,19 @@ def test_any_number_of_pictures_is_rendered_in_groups_of_one_size():
     assert rendered([], 128).shape == (0, render.SIDE, render.SIDE, 3)
 
 
+def test_a_blend_is_neither_the_one_nor_the_other_where_they_differ():
+    one, other = Scene((thing(3, 7), thing(5, 30))), Scene((thing(3, 7), thing(5, 41)))
+    blend = Picture(one.codes(), 3, other.codes(), 0.25)
+    clean = rendered([Picture(one.codes(), 3), Picture(other.codes(), 3)], 4).astype(float)
+    between, as_it_is = rendered([blend, Picture(one.codes(), 3)], 4)
+    assert blend.unclear == (5,) and Picture(one.codes(), 3).unclear == ()
+    np.testing.assert_allclose(between, 0.75 * clean[0] + 0.25 * clean[1], atol=0.5)
+    differs = (between != as_it_is).any(-1)
+    assert differs[16:32, 16:32].any(), "in its cell"
+    differs[16:32, 16:32] = False
+    assert not differs.any(), "and nowhere else"
+
+
 def test_large_is_larger_and_jitter_moves():
     scenes = [Scene((Thing(6, "circle", "black", size),)) for size in ("small", "large")]
     small, large = drawn(*scenes, seed=2)

@@ -157,7 +157,7 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         sought(group, found, sight.scene, used)
         for group, found in zip(goal.groups, right, strict=True)
     ]
-    said.append(serving(sight.scene, used))
+    said.append(serving(sight.scene, used, sight.unclear))
     faults = sight.faults(goal)
     because = lambda told, wrong: (
         f"{told}, {_wrong(rng, goal, sight.scene, wrong[0])}" if wrong else told
@@ -168,7 +168,11 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
             rest = sorted(thing for thing in given[index] if thing not in used)
             own = [f for f in faults if f.group == index and f.kind not in ("missing", "relation")]
             said.append(because(compared(group._replace(count=count), rest), _together(own)))
-    said += [_wrong(rng, goal, sight.scene, [fault]) for fault in faults if fault.group is None]
+    for fault in faults:
+        if fault.group is None:
+            wrong = _wrong(rng, goal, sight.scene, [fault])
+            at = f"but {COORDINATES[fault.thing.cell]} unclear, " if fault.kind == "unclear" else ""
+            said.append(f"{at}{wrong}")
     for relation in goal.relations:
         ends = given[relation.first], given[relation.second]
         if all(ends):
@@ -204,9 +208,12 @@ def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[
     return f"{usual(group)} {told}" if told else f"{usual(group)}: {NONE}"
 
 
-def serving(scene: Scene, used: Collection[Thing]) -> str:
-    """Return "so b2 asked, c2 no and b3 asked": whether things serve for what is asked for."""
-    said = [f"{COORDINATES[t.cell]} {ASKED if t in used else 'no'}" for t in scene.things]
+def serving(scene: Scene, used: Collection[Thing], unclear: Collection[int] = ()) -> str:
+    """Return "so b2 asked, c2 no unclear and b3 asked": what things serve for, and if unclear."""
+    said = [
+        f"{COORDINATES[t.cell]} {ASKED if t in used else 'no'}{' unclear' * (t.cell in unclear)}"
+        for t in scene.things
+    ]
     return f"so {enumerate_words(said or [NONE])}"
 
 
@@ -261,15 +268,19 @@ def several(count: int) -> str:
 def seen(rng: Rng, sight: Sight) -> str:
     """Return "I see a1: a small red star at a1 and c2: a large blue ring at c2"."""
     things = sight.scene.things
-    return f"{vary(rng, SEE)} {all_of(sight.scene) if things else pick(rng, NOTHING)}"
+    return (
+        f"{vary(rng, SEE)} {all_of(sight.scene, sight.unclear) if things else pick(rng, NOTHING)}"
+    )
 
 
-def all_of(scene: Scene) -> str:
+def all_of(scene: Scene, unclear: Collection[int] = ()) -> str:
     """Return "a1: a small red star at a1 and c2: a large blue ring at c2", in the order of cells.
 
-    A thing has its place on both sides: who reads on from either finds the other.
+    A thing has its place on both sides: who reads on from either finds the other. Behind the second
+    one it says if the thing is unclear.
     """
-    return enumerate_words([f"{found(t)} at {COORDINATES[t.cell]}" for t in scene.things])
+    at = lambda cell: f"{COORDINATES[cell]}{' unclear' * (cell in unclear)}"
+    return enumerate_words([f"{found(t)} at {at(t.cell)}" for t in scene.things])
 
 
 def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
