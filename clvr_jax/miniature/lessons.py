@@ -22,7 +22,7 @@ from clvr_jax.miniature.held_out import Split, is_clean
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import Picture, new_seed, picture_of, rendered
-from clvr_jax.miniature.readings import SURE, Readings, read
+from clvr_jax.miniature.readings import SURE, certain
 from clvr_jax.miniature.render import SIDE
 from clvr_jax.miniature.scene import CELLS, Scene, from_codes
 from clvr_jax.miniature.scenes import changed
@@ -169,14 +169,9 @@ def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
 
 
 def _answer(rng: Rng, said: list[Message], shown: Sequence[Picture]) -> str:
-    return answer(said, [*map(_reading, shown)], _POLICY, str(rng.integers(2**32)))
-
-
-def _reading(picture: Picture) -> Readings:
-    """What is to be read from a picture, by one who never errs."""
-    confidence = np.ones((1, CELLS))
-    confidence[0, list(picture.unclear)] = SURE / 2
-    return read(picture.codes[None], confidence, np.ones(1, bool))
+    unclear = lambda picture: np.isin(np.arange(CELLS), picture.unclear)
+    readings = [certain(picture.codes[None], unclear(picture)[None]) for picture in shown]
+    return answer(said, readings, _POLICY, str(rng.integers(2**32)))
 
 
 def _scene(rng: Rng) -> Scene:

@@ -65,9 +65,15 @@ def read(codes: np.ndarray, confidence: np.ndarray, tidy: np.ndarray) -> Reading
     return Readings(codes.astype(np.int32), confidence, clean)
 
 
-def certain(codes: np.ndarray) -> Readings:
-    """Return the readings of pictures whose codes (b, 16) are known, by one who never errs."""
-    return read(codes, np.ones(codes.shape), np.ones(len(codes), bool))
+def certain(codes: np.ndarray, unclear: np.ndarray | None = None) -> Readings:
+    """Return the readings of pictures that are known, by one who never errs.
+
+    Args:
+      codes: (b, 16).
+      unclear: (b, 16) bool, cells of things that are not clean; None for none.
+    """
+    confidence = np.ones(codes.shape) if unclear is None else np.where(unclear, SURE / 2, 1.0)
+    return read(codes, confidence, np.ones(len(codes), bool))
 
 
 def agreement(a: Readings, b: Readings) -> dict[str, float]:
