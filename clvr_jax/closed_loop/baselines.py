@@ -17,7 +17,7 @@ from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm
 from clvr_jax.closed_loop.drawing import Drawing
 from clvr_jax.closed_loop.events import Drew, Ended, OnEvent, Retried, ignore
 from clvr_jax.closed_loop.result import Result, Task
-from clvr_jax.closed_loop.turn import HEAT
+from clvr_jax.closed_loop.turn import anew
 from clvr_jax.data.trajectory import Step, Trajectory, check_goal
 from clvr_jax.data.turns import Action
 
@@ -207,9 +207,7 @@ class _Baseline:
             session = self._vlm.start()
             try:
                 seed = self._task.draw(*what, attempt)
-                # what was said is not said again: after a failure the answer is drawn by chance
-                heat = max(options.temperature, HEAT) if attempt else options.temperature
-                chosen = dataclasses.replace(options, seed=seed, temperature=heat)
+                chosen = dataclasses.replace(anew(options) if attempt else options, seed=seed)
                 reply = session.submit([message], chosen).result()
                 self._tokens += reply.usage.completion
                 return read(reply.text)

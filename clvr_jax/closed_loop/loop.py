@@ -75,7 +75,7 @@ class Loop:
       retries: times that a step is tried again, over a broken answer, a failing model, or a
         picture of no numbers. What it costs counts. An answer that breaks the rules stays in the
         conversation, with what is wrong with it; one without an end is taken back, and asked for
-        anew by chance (`turns.HEAT`), for it would lead the next ones astray.
+        anew by chance (`turns.anew`), for it would lead the next ones astray.
       pause: seconds before a failing model is asked again, doubled each time.
     """
 
@@ -194,10 +194,10 @@ class _Run:
 
     def _think(self, said: Sequence[Message]) -> Turn:
         """The next turn."""
-        number, heat = len(self._steps) + 1, 0.0
+        number, wanted = len(self._steps) + 1, self._loop.options
         for attempt in range(self._loop.retries + 1):
             self._require(self._spent.forbids_turn())
-            options = self._options(number, attempt, heat)
+            options = self._options(wanted, number, attempt)
             try:
                 reply = self._ask(said, options)
             except TooLong:
@@ -221,7 +221,7 @@ class _Run:
                     raise _Over("context")
                 self._again(_CUT.format(tokens=reply.usage.completion), attempt)
                 self._session.take_back()
-                heat = turns.HEAT
+                wanted = turns.anew(wanted)
                 continue
             try:
                 turn = turns.read(reply.text, number)
@@ -235,11 +235,10 @@ class _Run:
                 return turn
         raise AssertionError("the last attempt raises")
 
-    def _options(self, number: int, attempt: int, heat: float) -> Options:
-        options, left = self._loop.options, self._spent.tokens_left
+    def _options(self, options: Options, number: int, attempt: int) -> Options:
+        left = self._spent.tokens_left
         return dataclasses.replace(
             options,
-            temperature=max(options.temperature, heat),
             max_tokens=options.max_tokens if left is None else min(options.max_tokens, left),
             seed=self._task.draw("turn", number, attempt),
             grammar=turns.grammar(number) if self._loop.constrain else None,

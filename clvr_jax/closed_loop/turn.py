@@ -1,9 +1,11 @@
 """Assistant turns of the loop: a grammar for models that decode here, tolerance for all others."""
 
+import dataclasses
 import itertools
 import json
 import re
 
+from clvr_jax.backends.protocol import Options
 from clvr_jax.data import turns
 from clvr_jax.data.turns import Turn, marker
 
@@ -36,6 +38,11 @@ def grammar(number: int) -> str:
     text = r"([^<{]|\n|<IMG_GEN_[1-9][0-9]?>)*"
     pattern = rf"({text}\n)?({one})(\n{marker(number)})?".replace("/", r"\/")
     return f"start: TURN\nTURN: /{pattern}/\n"
+
+
+def anew(options: Options) -> Options:
+    """Return the options of a turn that is asked for anew: by chance, else it would come again."""
+    return dataclasses.replace(options, temperature=max(options.temperature, HEAT))
 
 
 def read(text: str, number: int) -> Turn:

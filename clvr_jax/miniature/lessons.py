@@ -150,11 +150,12 @@ def _blurred(rng: Rng, picture: Picture) -> Picture:
         thing = pick(rng, scene.things)
         left, kind = scene.without(thing.cell), pick(rng, ("colour", "shape", "gone"))
         other = left if kind == "gone" else left.put(changed(rng, thing, kind))
-        share = rng.uniform(0.3, 0.6)
-        blurred = picture._replace(blend=other.codes(), share=share)
+        blurred = picture._replace(blend=other.codes(), share=rng.uniform(0.3, 0.6))
+        if not is_clean(other):
+            continue
         seen = detect(rendered([blurred], 1))
         unsure = np.flatnonzero(seen.confidence[0] < SURE).tolist()
-        if is_clean(other) and (seen.codes[0] == picture.codes).all() and unsure == [thing.cell]:
+        if (seen.codes[0] == picture.codes).all() and unsure == [thing.cell]:
             return blurred
     return picture
 
@@ -169,8 +170,8 @@ def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
 
 
 def _answer(rng: Rng, said: list[Message], shown: Sequence[Picture]) -> str:
-    unclear = lambda picture: np.isin(np.arange(CELLS), picture.unclear)
-    readings = [certain(picture.codes[None], unclear(picture)[None]) for picture in shown]
+    cells = np.arange(CELLS)
+    readings = [certain(each.codes[None], np.isin(cells, each.unclear)[None]) for each in shown]
     return answer(said, readings, _POLICY, str(rng.integers(2**32)))
 
 

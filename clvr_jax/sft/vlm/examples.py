@@ -77,7 +77,7 @@ def spread(example: Example, rng: np.random.Generator, longest: int) -> Example:
       rng: decides how far.
       longest: positions that all of it may take; no fewer than it takes are.
     """
-    after = np.flatnonzero(example.trained[:-1] & ~example.trained[1:]) + 1  # a turn of its
+    after = np.flatnonzero(example.trained[:-1] & ~example.trained[1:]) + 1  # an answer
     free = longest - 1 - int(example.positions.max())
     if not len(after) or free < 1 or rng.random() < 0.5:
         return example
