@@ -18,18 +18,19 @@ from clvr_jax.data.turns import Action
 from clvr_jax.miniature import comparisons, edits, prompts, scenes
 from clvr_jax.miniature.chance import Rng, pick
 from clvr_jax.miniature.detect import detect
-from clvr_jax.miniature.held_out import Split, is_clean
+from clvr_jax.miniature.held_out import Split, is_clean, taints
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import Picture, new_seed, picture_of, rendered
-from clvr_jax.miniature.readings import SURE, certain
+from clvr_jax.miniature.readings import SURE, Readings, certain
 from clvr_jax.miniature.render import SIDE
-from clvr_jax.miniature.scene import CELLS, Scene, from_codes
+from clvr_jax.miniature.scene import CELLS, MOST, SIZES, Scene, Thing, from_codes
 from clvr_jax.miniature.scenes import changed
 from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
+from clvr_jax.miniature.teacher.sight import Sight
 
 # share of each kind among short lessons, of a question and an answer, unless others are given
 SHORT = {
@@ -54,6 +55,8 @@ MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 6  # pictures of a story
 BLURRED = 0.2  # share of drawn pictures in which a thing is unclear, as far as one comes out so
 _BLURS = 8  # tries
+CROWDED = 0.15  # share of drawn pictures with more things than there may be, of those almost full
+_MORE = 2  # things more than that, at most
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
 # are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
@@ -166,13 +169,35 @@ def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
         kept = np.where(base.codes == picture.codes, base.blend, picture.codes)
         if (kept != picture.codes).any():
             return picture._replace(blend=kept, share=base.share)
+    if np.count_nonzero(picture.codes) >= MOST - 1 and rng.random() < CROWDED:
+        return _crowded(rng, picture)
     return _blurred(rng, picture) if rng.random() < BLURRED else picture
 
 
+def _crowded(rng: Rng, picture: Picture) -> Picture:
+    """The picture with more things than there may be; the first ones count, as `see` has it."""
+    things = list(from_codes(picture.codes).things)
+    count = MOST + int(rng.integers(1, _MORE + 1))
+    while len(things) < count:
+        free = [cell for cell in range(CELLS) if all(thing.cell != cell for thing in things)]
+        new = Thing(pick(rng, free), *scenes.kind(rng, None, None, Split.TRAIN), pick(rng, SIZES))
+        if not taints(new, tuple(things)):
+            things.append(new)
+    codes = Scene(tuple(sorted(things)[:MOST])).codes()
+    blend = codes.copy()
+    for more in sorted(things)[MOST:]:
+        blend[more.cell] = more.code
+    return Picture(codes, picture.seed, blend, 1.0)
+
+
+def _reading(picture: Picture) -> Readings:
+    """What one reads of a picture who never errs."""
+    unclear = np.isin(np.arange(CELLS), picture.unclear)
+    return certain((picture.codes + picture.beside)[None], unclear[None])
+
+
 def _answer(rng: Rng, said: list[Message], shown: Sequence[Picture]) -> str:
-    cells = np.arange(CELLS)
-    readings = [certain(each.codes[None], np.isin(cells, each.unclear)[None]) for each in shown]
-    return answer(said, readings, _POLICY, str(rng.integers(2**32)))
+    return answer(said, [*map(_reading, shown)], _POLICY, str(rng.integers(2**32)))
 
 
 def _scene(rng: Rng) -> Scene:
@@ -255,8 +280,8 @@ def _find(rng: Rng) -> Lesson:
     scene, used = _scene(rng), set()
     lines = [comparisons.found(rng, scene, used) for _ in range(_FOUND)]
     things = "\n".join(line.asked for line in lines)
-    asked = FIND.message(things=things, seen=language.all_of(scene))
-    said = [*(line.checked for line in lines), language.serving(scene, used)]
+    asked = FIND.message(things=things, seen=language.all_of(Sight(scene)))
+    said = [*(line.checked for line in lines), language.serving(Sight(scene), used)]
     return Lesson([asked, assistant(language.sentence(*said))], [])
 
 
@@ -304,11 +329,12 @@ def _drawing(rng: Rng) -> Lesson:
         action = turns.parse(text, len(shown) + 1).action
         if action is None or len(shown) == LONGEST:
             return Lesson(said, pictures)
-        shown.append(painter.draw(action, shown))
+        drawn = painter.draw(action, shown)
         if action.kind == "generate":
             seed = new_seed(rng)
         base = pictures[action.references[-1] - 1] if action.references else None
-        pictures.append(_drawn(rng, Picture(shown[-1].codes(), seed), base))
+        pictures.append(_drawn(rng, Picture(drawn.codes(), seed), base))
+        shown.append(from_codes(pictures[-1].codes))
         said.append(user(BLANK))
 
 

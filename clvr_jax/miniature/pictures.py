@@ -18,7 +18,8 @@ class Picture(NamedTuple):
       codes: kinds by cell (16,) int32.
       seed: of jitter and texture, below 2^32.
       blend: codes of a picture that it is partly like, None where it is clean: what differs in them
-        is neither the one nor the other, as models draw that are not sure.
+        is neither the one nor the other, as models draw that are not sure. May hold more things
+        than a scene.
       share: of that picture in it, from 0 to 1.
     """
 
@@ -29,9 +30,15 @@ class Picture(NamedTuple):
 
     @property
     def unclear(self) -> tuple[int, ...]:
-        """Cells that are neither the one nor the other."""
-        blend = self.codes if self.blend is None else self.blend
-        return tuple(np.flatnonzero(blend != self.codes).tolist())
+        """Cells of things that are neither the one nor the other."""
+        if self.blend is None:
+            return ()
+        return tuple(np.flatnonzero((self.codes > 0) & (self.blend != self.codes)).tolist())
+
+    @property
+    def beside(self) -> np.ndarray:
+        """Codes (16,) of the things of the blend where there are none otherwise."""
+        return np.zeros_like(self.codes) if self.blend is None else self.blend * (self.codes == 0)
 
 
 def new_seed(rng: Rng) -> int:

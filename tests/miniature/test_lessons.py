@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from clvr_jax.backends import requests
@@ -12,7 +13,7 @@ from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import rendered
 from clvr_jax.miniature.places import COORDINATES, PLACES, related
 from clvr_jax.miniature.samples import generator
-from clvr_jax.miniature.scene import from_codes
+from clvr_jax.miniature.scene import MOST, from_codes
 from clvr_jax.miniature.teacher.looks import read_inventory
 from clvr_jax.miniature.words import NUMBERS, enumerate_words
 
@@ -42,7 +43,8 @@ def test_critiques_name_the_kinds_of_faults_there_are():
         asked, answer = said.messages
         goal = parse_prompt(requests.CRITIQUE.match(asked.text)["goal"])
         faults = goal.faults(from_codes(said.pictures[0].codes))
-        kinds = [*(fault.kind for fault in faults), *["unclear"] * len(said.pictures[0].unclear)]
+        unclear = len(said.pictures[0].unclear) + said.pictures[0].beside.any()
+        kinds = [*(fault.kind for fault in faults), *["unclear"] * unclear]
         assert sorted(requests.faults(answer.text)) == sorted(kinds)
         right += not kinds
     assert 5 < right < 25
@@ -78,6 +80,27 @@ def test_what_is_unclear_stays_so_until_it_is_changed():
     assert kept > 3
 
 
+def test_more_things_than_there_may_be_are_no_picture_to_stop_at(monkeypatch):
+    """Of them the teacher's detector has as many, and it names the same ones."""
+    monkeypatch.setattr(lessons, "CROWDED", 0.7)
+    crowds = []
+    for said in drawn("story", 40, start=3):
+        replies = [m.text for m in said.messages if m.role == "assistant"]
+        for number, picture in enumerate(said.pictures, 1):
+            told = replies[number]
+            assert picture.beside.any() == ("and more. " in told) == ("and more no. " in told)
+            if picture.beside.any():
+                crowds.append(picture)
+                action = turns.parse(told, number + 1).action
+                assert action.kind == "generate" or number not in action.references[-1:]
+    read = detect.detect(rendered(crowds, 16))
+    assert len(crowds) > 3 and (read.counts > MOST).all() and not read.clean.any()
+    both = [picture.codes + picture.beside for picture in crowds]
+    np.testing.assert_array_equal(read.codes, both)
+    first = [np.flatnonzero(codes)[:MOST] for codes in both]
+    assert all(set(np.flatnonzero(p.codes)) == set(f) for p, f in zip(crowds, first, strict=True))
+
+
 def test_differences_are_of_one_seed():
     for said in drawn("difference", 10):
         before, after = said.pictures
@@ -94,7 +117,7 @@ def test_stories_are_turns_as_they_are_trained():
         if parsed[-1].stop:
             goal = parse_prompt(said.messages[1].text)
             assert goal.holds(from_codes(said.pictures[-1].codes)), "it stops when all is right"
-            assert not said.pictures[-1].unclear
+            assert not said.pictures[-1].unclear and not said.pictures[-1].beside.any()
         lengths.append(len(replies))
     assert stopped > 8 and len(set(lengths)) > 2
     assert max(lengths) <= lessons.LONGEST + 1

@@ -54,6 +54,7 @@ DONE = ("all is right", "this is what was asked for", "nothing is missing and no
 STOP = ("I stop here", "I am done", "so I stop")
 
 NONE = "none"
+BESIDE = "more"  # than things, or than as many as there may be
 ASKED = "asked"
 NO_FAULT = "nothing is wrong"
 SAME_PICTURE = "nothing has changed"
@@ -157,7 +158,7 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         sought(group, found, sight.scene, used)
         for group, found in zip(goal.groups, right, strict=True)
     ]
-    said.append(serving(sight.scene, used, sight.unclear))
+    said.append(serving(sight, used))
     faults = sight.faults(goal)
     because = lambda told, wrong: (
         f"{told}, {_wrong(rng, goal, sight.scene, wrong[0])}" if wrong else told
@@ -208,13 +209,15 @@ def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[
     return f"{usual(group)} {told}" if told else f"{usual(group)}: {NONE}"
 
 
-def serving(scene: Scene, used: Collection[Thing], unclear: Collection[int] = ()) -> str:
-    """Return "so b2 asked, c2 no unclear and b3 asked": what things serve for, and if unclear."""
-    said = [
-        f"{COORDINATES[t.cell]} {ASKED if t in used else 'no'}{' unclear' * (t.cell in unclear)}"
-        for t in scene.things
-    ]
-    return f"so {enumerate_words(said or [NONE])}"
+def serving(sight: Sight, used: Collection[Thing]) -> str:
+    """Return "so b2 asked, c2 no unclear and b3 asked": what things serve for, and if unclear.
+
+    If there is more in the picture than its things, "more no" comes last.
+    """
+    unclear = lambda thing: " unclear" * (thing.cell in sight.unclear)
+    serves = lambda thing: f"{ASKED if thing in used else 'no'}{unclear(thing)}"
+    said = [f"{COORDINATES[t.cell]} {serves(t)}" for t in sight.scene.things]
+    return f"so {enumerate_words([*(said or [NONE]), *[f'{BESIDE} no'] * (not sight.tidy)])}"
 
 
 def compared(group: Group, things: Sequence[Thing]) -> str:
@@ -267,20 +270,19 @@ def several(count: int) -> str:
 
 def seen(rng: Rng, sight: Sight) -> str:
     """Return "I see a1: a small red star at a1 and c2: a large blue ring at c2"."""
-    things = sight.scene.things
-    return (
-        f"{vary(rng, SEE)} {all_of(sight.scene, sight.unclear) if things else pick(rng, NOTHING)}"
-    )
+    return f"{vary(rng, SEE)} {all_of(sight) or pick(rng, NOTHING)}"
 
 
-def all_of(scene: Scene, unclear: Collection[int] = ()) -> str:
+def all_of(sight: Sight) -> str:
     """Return "a1: a small red star at a1 and c2: a large blue ring at c2", in the order of cells.
 
     A thing has its place on both sides: who reads on from either finds the other. Behind the second
-    one it says if the thing is unclear.
+    one it says if the thing is unclear. If there is more in the picture, "more" comes last.
     """
-    at = lambda cell: f"{COORDINATES[cell]}{' unclear' * (cell in unclear)}"
-    return enumerate_words([f"{found(t)} at {at(t.cell)}" for t in scene.things])
+    at = lambda cell: f"{COORDINATES[cell]}{' unclear' * (cell in sight.unclear)}"
+    told = [f"{found(t)} at {at(t.cell)}" for t in sight.scene.things]
+    told += [BESIDE] * (not sight.tidy)
+    return enumerate_words(told) if told else ""
 
 
 def wrong(rng: Rng, goal: Goal, sight: Sight) -> list[tuple[str, str]]:
