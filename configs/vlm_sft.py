@@ -48,6 +48,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         threads=4,  # read and decode at the same time
         tokens=1024 if small else 16384,  # of a row; several conversations share one
         images=-1,  # of a row at most; -1: no limit
+        positions=0,  # over which conversations are spread, so that longer ones are known; 0: none
     )
     c.template = section(enable_thinking=False)  # names for the chat template, as in vlm.py
     c.batch = section(rows=1, accumulation=1 if small else 2)  # rows: per device, data and fsdp
@@ -86,6 +87,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     c.trackers = ()  # tensorboard, wandb
     if variant == "miniature":
         c.data.tokens, c.batch.rows = 2048, 2  # eight pictures and turns must fit into a row
+        c.data.positions = 4096  # the loop's conversations grow longer
         c.lora.update(rank=16, pattern=r"(layers|blocks|merger).*kernel$")
         c.attention = "blocked"
     return c

@@ -86,6 +86,25 @@ def reader(config: Any, weights: Component) -> processor.Processor:
     return processor.load(weights.folder, weights.config.vision, **config.template.to_dict())
 
 
+def positions(config: Any, weights: Component) -> int:
+    """Return over how many positions conversations are spread (`examples.spread`); 0: over none.
+
+    Raises:
+      ValueError: they are fewer than the tokens of a row, or more than the weights have.
+    """
+    given, tokens, most = (
+        config.data.positions,
+        config.data.tokens,
+        weights.config.text.max_positions,
+    )
+    if given and not tokens <= given <= most:
+        raise ValueError(
+            f"data.positions is {given}; give the {tokens} of data.tokens at least and the {most} "
+            "that the weights have at most, or 0 for conversations as they are"
+        )
+    return given
+
+
 def data(
     path: str,
     config: Any,
@@ -102,8 +121,10 @@ def data(
 
     Raises:
       InvalidData: faults, each with file and line.
-      ValueError: a conversation that does not fit into a row, or that the template refuses.
+      ValueError: a conversation that does not fit into a row, or that the template refuses; or see
+        `positions`.
     """
+    room = 0 if validation else positions(config, weights)
     require_valid(path)
     source, reads, cfg = open_source(path), reader(config, weights), weights.config
     messages = lambda i: source[i].messages()
@@ -120,12 +141,17 @@ def data(
         names=[source.where(i) for i in range(len(source))],
     )
     read = lambda i: examples.encode(messages(i), reads, cfg)
+
+    def apart(step: Step, i: int) -> examples.Example:
+        rng = np.random.default_rng((config.seed, step.epoch, i))
+        return examples.spread(read(i), rng, room)
+
     return Data(
         path=path,
         records=len(source),
         fingerprint=source.fingerprint,
         steps=Epochs(plan, epochs=epochs, steps=steps),
-        make=lambda step: batches.make(step, read, cfg.vision, process),
+        make=lambda step: batches.make(step, functools.partial(apart, step), cfg.vision, process),
         counts=lambda step: _counts(measured, step),
         flops=lambda step: _flops(config, nets, measured, step),
         describe=lambda step: _describe(source, reads, cfg, read, step),

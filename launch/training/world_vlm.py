@@ -68,8 +68,8 @@ def data(
       epochs, validation: not for this stage.
 
     Raises:
-      ValueError: another split, validation, no number of steps, rows too short, or shares of
-        lessons that are no shares.
+      ValueError: another split, validation, no number of steps, rows too short, shares of lessons
+        that are no shares, or positions as in `vlm.positions`.
     """
     if split != "train" or validation:
         raise ValueError(
@@ -81,7 +81,7 @@ def data(
     for name, tasks in (("short", short), ("long", long)):
         if not tasks and (name == "short" or config.tasks.long):
             raise ValueError(f"no share of {name} lessons is above 0; give one of --config.lessons")
-    reads, cfg = vlm.reader(config, weights), weights.config
+    reads, cfg, room = vlm.reader(config, weights), weights.config, vlm.positions(config, weights)
     patches = (SIDE // cfg.vision.patch) ** 2
     row = Shape(config.data.tokens, config.data.images, patches)
     part = Shape(row.tokens // _PARTS, row.images // _PARTS, patches)
@@ -103,7 +103,7 @@ def data(
     def draw(rng: Rng, begins: bool) -> Drawn:
         said = lesson(rng, some_task(rng, long if begins else short))
         example = encode(said.messages, reads, cfg)
-        return spread(example, rng, config.data.positions), said.pictures
+        return spread(example, rng, room), said.pictures
 
     def make(step: Step) -> Arrays:
         own = rows_of_process(step.rows, *process)
@@ -126,7 +126,7 @@ def data(
     return world.endless(
         split,
         fingerprint=f"conversations {_VERSION} {split} seed {config.seed} {short | long} "
-        f"positions {config.data.positions}",
+        f"positions {room}",
         steps=Epochs(plan, steps=steps),
         make=make,
         unit="rows",

@@ -255,13 +255,25 @@ def test_options_of_the_vlm_stage_reach_what_they_are_about(folder):
         "enable_thinking": True
     }
 
-    def steps(**changes):
+    def read(validation=False, **changes):
         made = given(**changes)
-        nets = vlm.networks(made, weights)
-        return vlm.data(made.data.train, made, nets, weights, 1, (0, 1), epochs=1).steps
+        nets, rows = vlm.networks(made, weights), (1, (0, 1))
+        return vlm.data(
+            made.data.train, made, nets, weights, *rows, epochs=2, validation=validation
+        )
 
-    assert len(steps(data__tokens=4096)) == 1 < len(steps(data__tokens=512))
-    assert len(steps(data__tokens=4096, data__images=1)) == 4
+    assert len(read(data__tokens=4096).steps) == 2 < len(read(data__tokens=512).steps)
+    assert len(read(data__tokens=4096, data__images=1).steps) == 8
+    last = lambda data, i=0: int(data.make(data.steps[i])["positions"].max())
+    whole = functools.partial(read, data__tokens=4096)
+    longest = [last(whole(data__positions=4096, seed=seed), i) for seed in range(4) for i in (0, 1)]
+    assert len(set(longest)) > 3 and 4096 > max(longest) > last(whole()), "anew in every epoch"
+    assert last(whole(data__positions=4096, validation=True)) == last(whole())
+    most = weights.config.text.max_positions
+    for wrong in (4095, most + 1):
+        message = f"data.positions is {wrong}; give the 4096 of data.tokens at least and the {most}"
+        with pytest.raises(ValueError, match=message):
+            whole(data__positions=wrong)
 
 
 def test_what_is_trained(folder):
