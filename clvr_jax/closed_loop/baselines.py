@@ -13,11 +13,11 @@ from PIL import Image
 
 from clvr_jax.backends import requests
 from clvr_jax.backends.images import ImageGenerator, NotFinite, Order
-from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Vlm
+from clvr_jax.backends.protocol import InvalidRequest, Message, Options, Reply, Vlm
 from clvr_jax.closed_loop.drawing import Drawing
 from clvr_jax.closed_loop.events import Drew, Ended, OnEvent, Retried, ignore
 from clvr_jax.closed_loop.result import Result, Task
-from clvr_jax.closed_loop.turn import anew
+from clvr_jax.closed_loop.turn import anew, whole
 from clvr_jax.data.trajectory import Step, Trajectory, check_goal
 from clvr_jax.data.turns import Action
 
@@ -73,7 +73,7 @@ class BestOf:
                 asked = requests.CHOOSE.message(
                     own.pictures[best], own.pictures[other], goal=task.goal
                 )
-                said = own.ask(asked, self.options, requests.choice, "choose", other)
+                said = own.ask(asked, self.options, _choice, "choose", other)
                 if said == "B":
                     own.final = other + 1
 
@@ -109,8 +109,12 @@ class Rewrite:
         return own.result(work)
 
 
-def _words(reply: str) -> str:
-    text = " ".join(reply.split())
+def _choice(reply: Reply) -> str:
+    return requests.choice(reply.text)  # it comes first, and may be all there is room for
+
+
+def _words(reply: Reply) -> str:
+    text = " ".join(whole(reply).split())
     if not text:
         raise ValueError("the rewritten prompt is empty")
     return text
@@ -210,7 +214,7 @@ class _Baseline:
                 chosen = dataclasses.replace(anew(options) if attempt else options, seed=seed)
                 reply = session.submit([message], chosen).result()
                 self._tokens += reply.usage.completion
-                return read(reply.text)
+                return read(reply)
             except InvalidRequest:
                 raise
             except Exception as error:

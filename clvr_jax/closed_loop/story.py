@@ -1,11 +1,13 @@
 """A drawing looked at once more, when it is known which of its steps led to the answer."""
 
+import dataclasses
 from collections.abc import Sequence
 
 from PIL import Image
 
 from clvr_jax.backends import requests
 from clvr_jax.backends.protocol import Message, Options, Vlm
+from clvr_jax.closed_loop.turn import whole
 from clvr_jax.data.conditioning import Policy, condition
 from clvr_jax.data.trajectory import Trajectory
 
@@ -21,19 +23,21 @@ def narrate(
       vlm: tells.
       trajectory: with actions; its own narratives are not shown.
       pictures: of its steps.
-      options: of the answer.
+      options: of a narrative; the story may take as many tokens as its narratives.
 
     Raises:
-      ValueError: the answer has more or fewer lines.
+      ValueError: the answer is longer, or has more or fewer lines.
     """
+    count = len(trajectory.steps) + 1
+    options = dataclasses.replace(options, max_tokens=options.max_tokens * count)
     steps = "\n".join(step.action.line() for step in trajectory.steps)
     asked = requests.NARRATE.message(*pictures, goal=trajectory.goal, steps=steps)
     reply = _answer(vlm, asked, options)
     told = _lines(reply)
-    if len(told) != len(trajectory.steps) + 1:
+    if len(told) != count:
         raise ValueError(
-            f"{trajectory.id}: a story of {len(trajectory.steps)} steps needs a line each and one "
-            f"for the end, got {len(told)}: {reply[:200]!r}"
+            f"{trajectory.id}: a story of {count - 1} steps needs a line each and one for the end, "
+            f"got {len(told)}: {reply[:200]!r}"
         )
     return told
 
@@ -53,7 +57,7 @@ def verify(
       options: of the answers.
 
     Raises:
-      ValueError: a checklist is empty, or is not answered line by line.
+      ValueError: a checklist is empty, or is not answered line by line, or an answer is too long.
     """
     found = []
     for index, step in enumerate(trajectory.steps):
@@ -78,6 +82,6 @@ def _lines(reply: str) -> list[str]:
 def _answer(vlm: Vlm, asked: Message, options: Options) -> str:
     session = vlm.start()
     try:
-        return session.submit([asked], options).result().text
+        return whole(session.submit([asked], options).result())
     finally:
         session.close()

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 
-from clvr_jax.backends.protocol import Options
+from clvr_jax.backends.protocol import Options, Reply
 from clvr_jax.data import turns
 from clvr_jax.data.turns import Turn, marker
 
@@ -43,6 +43,18 @@ def grammar(number: int) -> str:
 def anew(options: Options) -> Options:
     """Return the options of a turn that is asked for anew: by chance, else it would come again."""
     return dataclasses.replace(options, temperature=max(options.temperature, HEAT))
+
+
+def whole(reply: Reply) -> str:
+    """Return what a reply says.
+
+    Raises:
+      ValueError: it has no end.
+    """
+    if reply.finish != "stop":
+        cut = f"the answer was cut after {reply.usage.completion} tokens"
+        raise ValueError(f"{cut}: {reply.text[:200]!r}")
+    return reply.text
 
 
 def read(text: str, number: int) -> Turn:

@@ -22,7 +22,7 @@ from clvr_jax.statistics import Rate, rate, rate_of
 
 MISTAKES = 0.4  # of a render's painter, see `Painter`
 _SEED = 20_260_300  # of the renders
-_GREEDY = Options(max_tokens=512, temperature=0.0)
+_GREEDY = Options(max_tokens=1024, temperature=0.0)
 
 
 class Seen(NamedTuple):

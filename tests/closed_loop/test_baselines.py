@@ -5,7 +5,7 @@ import pytest
 
 from clvr_jax.backends import requests
 from clvr_jax.backends.images import NotFinite
-from clvr_jax.backends.protocol import InvalidRequest, Overloaded
+from clvr_jax.backends.protocol import InvalidRequest, Options, Overloaded
 from clvr_jax.closed_loop import Budget, Loop, Task
 from clvr_jax.closed_loop.baselines import BestOf, Rewrite, Single
 from clvr_jax.closed_loop.events import Drew, Ended, Retried
@@ -65,6 +65,15 @@ def test_a_prompt_is_rewritten_once():
     assert images.orders[0].text == "a small red circle in the middle"
     assert requests.REWRITE.match(vlm.sessions[0][0][0][0].text) == {"goal": TASK.goal}
     assert made.trajectory.goal == TASK.goal and made.tokens == 10
+
+
+def test_a_rewritten_prompt_that_was_cut_is_not_drawn():
+    vlm, images = Vlm(*["a small red cir"] * 4, tokens=11), Images()
+    made = Rewrite(images, vlm, Options(max_tokens=10)).run(TASK)
+    assert not images.orders and made.tokens == 40
+    assert made.error == "ValueError: the answer was cut after 10 tokens: 'a small red cir'"
+    vlm = Vlm("B: the first has a bl", tokens=11)
+    assert BestOf(Images(), vlm, 2, Options(max_tokens=10)).run(TASK).trajectory.final == 2
 
 
 def test_goals_that_no_record_can_hold_are_told_before_anything_is_drawn():

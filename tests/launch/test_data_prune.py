@@ -77,6 +77,17 @@ def test_a_story_is_told_by_a_model(drawn):
         narrate(vlm, made, [], Options(max_tokens=64))
 
 
+def test_a_story_has_room_for_all_its_narratives_and_is_not_learnt_when_cut(drawn):
+    made = open_source(drawn / "trajectories.jsonl")[2]
+    vlm = Vlm("one\ntwo\nthree\nfour\nthe e", tokens=50)
+    assert narrate(vlm, made, [], Options(max_tokens=10))[-1] == "the e"
+    vlm = Vlm("one\ntwo\nthree\nfour\nthe e", "is it red? is it", tokens=51)
+    with pytest.raises(ValueError, match="was cut after 50 tokens: 'one"):
+        narrate(vlm, made, [], Options(max_tokens=10))
+    with pytest.raises(ValueError, match="was cut after 50 tokens: 'is it red"):
+        verify(vlm, made, [], Options(max_tokens=50))
+
+
 def test_a_model_verifies_every_picture(drawn):
     """A new picture is shown alone, an edited one behind what it was made from."""
     made = open_source(drawn / "trajectories.jsonl")[2]
