@@ -18,7 +18,7 @@ _RELATED = 0.3  # share of lines of a relation
 _SEVERAL = 0.3  # share of several things among the others
 _ASTRAY = 0.6  # share of wrong places among wrong lines that say one
 # chance that a line says each of these
-_SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.4}
+_SAID = {"shape": 0.9, "colour": 0.6, "size": 0.4, "place": 0.55}
 _VALUES = {**LOOKS, "place": tuple(PLACES)}
 # shares of what is looked for that is not quite what is there, and of one more than is there
 _OTHER, _MORE = 0.4, 0.25

@@ -24,7 +24,7 @@ from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import Picture, new_seed, picture_of, rendered
 from clvr_jax.miniature.readings import SURE, Readings, certain
 from clvr_jax.miniature.render import SIDE
-from clvr_jax.miniature.scene import CELLS, MOST, SIZES, Scene, Thing, from_codes
+from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SIZES, Scene, Thing, from_codes
 from clvr_jax.miniature.scenes import changed
 from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks, language
@@ -53,8 +53,11 @@ RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 6  # pictures of a story
-BLURRED = 0.2  # share of drawn pictures in which a thing is unclear, as far as one comes out so
+BLURRED = 0.3  # share of drawn pictures in which a thing is partly another, or partly gone
+UNCLEAR = 0.6  # share of those in which it is unclear then, as far as one comes out so
 _BLURS = 8  # tries
+_BLENDS = ("shape", "colour", "size", "gone")  # in what a thing is partly another
+_SHARES = (0.05, 0.6)  # of the other; an unclear thing has 0.35 and more, or less of a bright one
 CROWDED = 0.15  # share of drawn pictures with more things than there may be, of those almost full
 _MORE = 2  # things more than that, at most
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
@@ -144,23 +147,32 @@ def _asking(rng: Rng, request: requests.Request, pictures: list[Picture], **fiel
 
 
 def _blurred(rng: Rng, picture: Picture) -> Picture:
-    """The picture with one thing that is half another, or half gone; as it is if none comes so.
+    """The picture with one thing that is partly another, or partly gone; as it is if none comes so.
 
     The teacher's own detector says whether it is unclear, and most like what it was.
     """
-    scene = from_codes(picture.codes)
+    scene, unclear = from_codes(picture.codes), bool(rng.random() < UNCLEAR)
     for _ in range(_BLURS if scene.things else 0):
         thing = pick(rng, scene.things)
-        left, kind = scene.without(thing.cell), pick(rng, ("colour", "shape", "gone"))
-        other = left if kind == "gone" else left.put(changed(rng, thing, kind))
-        blurred = picture._replace(blend=other.codes(), share=rng.uniform(0.3, 0.6))
+        left, kind = scene.without(thing.cell), pick(rng, _BLENDS)
+        other = left if kind == "gone" else left.put(_like(rng, thing, kind))
+        blurred = picture._replace(blend=other.codes(), share=rng.uniform(*_SHARES))
         if not is_clean(other):
             continue
         seen = detect(rendered([blurred], 1))
-        unsure = np.flatnonzero(seen.confidence[0] < SURE).tolist()
-        if (seen.codes[0] == picture.codes).all() and unsure == [thing.cell]:
-            return blurred
+        unsure = tuple(np.flatnonzero(seen.confidence[0] < SURE).tolist())
+        if (seen.codes[0] == picture.codes).all() and unsure == (thing.cell,) * unclear:
+            return blurred._replace(unclear=unsure)
     return picture
+
+
+def _like(rng: Rng, thing: Thing, kind: str) -> Thing:
+    """The thing in another shape, colour or size; of colours half of the time the next one."""
+    if kind != "colour" or rng.random() < 0.5:
+        return changed(rng, thing, kind)
+    index = COLOURS.index(thing.colour)
+    near = [COLOURS[i] for i in (index - 1, index + 1) if 0 <= i < len(COLOURS)]
+    return thing._replace(colour=pick(rng, near))
 
 
 def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
@@ -168,7 +180,8 @@ def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
     if base is not None and base.blend is not None:
         kept = np.where(base.codes == picture.codes, base.blend, picture.codes)
         if (kept != picture.codes).any():
-            return picture._replace(blend=kept, share=base.share)
+            unclear = tuple(cell for cell in base.unclear if kept[cell] != picture.codes[cell])
+            return picture._replace(blend=kept, share=base.share, unclear=unclear)
     if np.count_nonzero(picture.codes) >= MOST - 1 and rng.random() < CROWDED:
         return _crowded(rng, picture)
     return _blurred(rng, picture) if rng.random() < BLURRED else picture

@@ -21,19 +21,14 @@ class Picture(NamedTuple):
         is neither the one nor the other, as models draw that are not sure. May hold more things
         than a scene.
       share: of that picture in it, from 0 to 1.
+      unclear: cells of things that one cannot be sure of.
     """
 
     codes: np.ndarray
     seed: int
     blend: np.ndarray | None = None
     share: float = 0.0
-
-    @property
-    def unclear(self) -> tuple[int, ...]:
-        """Cells of things that are neither the one nor the other."""
-        if self.blend is None:
-            return ()
-        return tuple(np.flatnonzero((self.codes > 0) & (self.blend != self.codes)).tolist())
+    unclear: tuple[int, ...] = ()
 
     @property
     def beside(self) -> np.ndarray:
@@ -67,9 +62,9 @@ def rendered(pictures: Sequence[Picture], size: int) -> UInt8[np.ndarray, "b y x
       size: how many are rendered together, the last ones filled up: another size is compiled anew.
     """
     pixels = _clean(pictures, size)
-    unclear = [i for i, picture in enumerate(pictures) if picture.blend is not None]
-    likes = _clean([pictures[i]._replace(codes=pictures[i].blend) for i in unclear], size)
-    for i, like in zip(unclear, likes, strict=True):
+    blends = [i for i, picture in enumerate(pictures) if picture.blend is not None]
+    likes = _clean([pictures[i]._replace(codes=pictures[i].blend) for i in blends], size)
+    for i, like in zip(blends, likes, strict=True):
         mixed = (1 - pictures[i].share) * pixels[i] + pictures[i].share * like
         pixels[i] = np.round(mixed).astype(np.uint8)
     return pixels

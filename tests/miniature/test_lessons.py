@@ -64,6 +64,9 @@ def test_what_is_unclear_is_said_of_where_it_is():
     assert 8 < len(blurred) < 30
     seen = detect.detect(rendered(blurred, 16))
     assert not seen.clean.any() and (seen.codes == [picture.codes for picture in blurred]).all()
+    near = [p for _, p in shown if p.blend is not None and not p.unclear and not p.beside.any()]
+    seen = detect.detect(rendered(near, 16))
+    assert len(near) > 3 and seen.clean.all(), "what is nearly unclear is not said to be"
 
 
 def test_what_is_unclear_stays_so_until_it_is_changed():
