@@ -15,17 +15,15 @@ from clvr_jax.backends import requests
 from clvr_jax.backends.protocol import Message, assistant, system, user
 from clvr_jax.data import turns
 from clvr_jax.data.turns import Action
-from clvr_jax.miniature import comparisons, edits, prompts, scenes
-from clvr_jax.miniature.chance import Rng, pick
-from clvr_jax.miniature.detect import detect
-from clvr_jax.miniature.held_out import Split, is_clean, taints
+from clvr_jax.miniature import blends, comparisons, edits, prompts, scenes
+from clvr_jax.miniature.chance import Rng
+from clvr_jax.miniature.held_out import Split, is_clean
 from clvr_jax.miniature.painter import Painter
 from clvr_jax.miniature.parse import parse_prompt
-from clvr_jax.miniature.pictures import Picture, new_seed, picture_of, rendered
-from clvr_jax.miniature.readings import SURE, Readings, certain
+from clvr_jax.miniature.pictures import Picture, new_seed, picture_of
+from clvr_jax.miniature.readings import Readings, certain
 from clvr_jax.miniature.render import SIDE
-from clvr_jax.miniature.scene import CELLS, COLOURS, MOST, SIZES, Scene, Thing, from_codes
-from clvr_jax.miniature.scenes import changed
+from clvr_jax.miniature.scene import CELLS, Scene, from_codes
 from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
@@ -53,13 +51,6 @@ RIGHT = 0.4  # share of right pictures among those that are judged
 EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 6  # pictures of a story
-BLURRED = 0.3  # share of drawn pictures in which a thing is partly another, or partly gone
-UNCLEAR = 0.6  # share of those in which it is unclear then, as far as one comes out so
-_BLURS = 8  # tries
-_BLENDS = ("shape", "colour", "size", "gone")  # in what a thing is partly another
-_SHARES = (0.05, 0.6)  # of the other; an unclear thing has 0.35 and more, or less of a bright one
-CROWDED = 0.15  # share of drawn pictures with more things than there may be, of those almost full
-_MORE = 2  # things more than that, at most
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
 # are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
@@ -146,63 +137,6 @@ def _asking(rng: Rng, request: requests.Request, pictures: list[Picture], **fiel
     return Lesson(said, pictures)
 
 
-def _blurred(rng: Rng, picture: Picture) -> Picture:
-    """The picture with one thing that is partly another, or partly gone; as it is if none comes so.
-
-    The teacher's own detector says whether it is unclear, and most like what it was.
-    """
-    scene, unclear = from_codes(picture.codes), bool(rng.random() < UNCLEAR)
-    for _ in range(_BLURS if scene.things else 0):
-        thing = pick(rng, scene.things)
-        left, kind = scene.without(thing.cell), pick(rng, _BLENDS)
-        other = left if kind == "gone" else left.put(_like(rng, thing, kind))
-        blurred = picture._replace(blend=other.codes(), share=rng.uniform(*_SHARES))
-        if not is_clean(other):
-            continue
-        seen = detect(rendered([blurred], 1))
-        unsure = tuple(np.flatnonzero(seen.confidence[0] < SURE).tolist())
-        if (seen.codes[0] == picture.codes).all() and unsure == (thing.cell,) * unclear:
-            return blurred._replace(unclear=unsure)
-    return picture
-
-
-def _like(rng: Rng, thing: Thing, kind: str) -> Thing:
-    """The thing in another shape, colour or size; of colours half of the time the next one."""
-    if kind != "colour" or rng.random() < 0.5:
-        return changed(rng, thing, kind)
-    index = COLOURS.index(thing.colour)
-    near = [COLOURS[i] for i in (index - 1, index + 1) if 0 <= i < len(COLOURS)]
-    return thing._replace(colour=pick(rng, near))
-
-
-def _drawn(rng: Rng, picture: Picture, base: Picture | None) -> Picture:
-    """A picture as models draw it: of its base, what was unclear and has not been changed is so."""
-    if base is not None and base.blend is not None:
-        kept = np.where(base.codes == picture.codes, base.blend, picture.codes)
-        if (kept != picture.codes).any():
-            unclear = tuple(cell for cell in base.unclear if kept[cell] != picture.codes[cell])
-            return picture._replace(blend=kept, share=base.share, unclear=unclear)
-    if np.count_nonzero(picture.codes) >= MOST - 1 and rng.random() < CROWDED:
-        return _crowded(rng, picture)
-    return _blurred(rng, picture) if rng.random() < BLURRED else picture
-
-
-def _crowded(rng: Rng, picture: Picture) -> Picture:
-    """The picture with more things than there may be; the first ones count, as `see` has it."""
-    things = list(from_codes(picture.codes).things)
-    count = MOST + int(rng.integers(1, _MORE + 1))
-    while len(things) < count:
-        free = [cell for cell in range(CELLS) if all(thing.cell != cell for thing in things)]
-        new = Thing(pick(rng, free), *scenes.kind(rng, None, None, Split.TRAIN), pick(rng, SIZES))
-        if not taints(new, tuple(things)):
-            things.append(new)
-    codes = Scene(tuple(sorted(things)[:MOST])).codes()
-    blend = codes.copy()
-    for more in sorted(things)[MOST:]:
-        blend[more.cell] = more.code
-    return Picture(codes, picture.seed, blend, 1.0)
-
-
 def _reading(picture: Picture) -> Readings:
     """What one reads of a picture who never errs."""
     unclear = np.isin(np.arange(CELLS), picture.unclear)
@@ -240,7 +174,7 @@ def _asked_for(rng: Rng) -> tuple[prompts.Prompt, Scene]:
 
 def _critique(rng: Rng) -> Lesson:
     prompt, scene = _asked_for(rng)
-    picture = _drawn(rng, picture_of(scene, rng), None)
+    picture = blends.drawn(rng, picture_of(scene, rng))
     return _asking(rng, requests.CRITIQUE, [picture], goal=prompt.text)
 
 
@@ -342,11 +276,11 @@ def _drawing(rng: Rng) -> Lesson:
         action = turns.parse(text, len(shown) + 1).action
         if action is None or len(shown) == LONGEST:
             return Lesson(said, pictures)
-        drawn = painter.draw(action, shown)
+        scene = painter.draw(action, shown)
         if action.kind == "generate":
             seed = new_seed(rng)
         base = pictures[action.references[-1] - 1] if action.references else None
-        pictures.append(_drawn(rng, Picture(drawn.codes(), seed), base))
+        pictures.append(blends.drawn(rng, Picture(scene.codes(), seed), base))
         shown.append(from_codes(pictures[-1].codes))
         said.append(user(BLANK))
 

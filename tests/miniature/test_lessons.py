@@ -8,7 +8,7 @@ import pytest
 
 from clvr_jax.backends import requests
 from clvr_jax.data import turns
-from clvr_jax.miniature import detect, held_out, lessons, splits
+from clvr_jax.miniature import blends, detect, held_out, lessons, splits
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import rendered
 from clvr_jax.miniature.places import COORDINATES, PLACES, related
@@ -85,7 +85,7 @@ def test_what_is_unclear_stays_so_until_it_is_changed():
 
 def test_more_things_than_there_may_be_are_no_picture_to_stop_at(monkeypatch):
     """Of them the teacher's detector has as many, and it names the same ones."""
-    monkeypatch.setattr(lessons, "CROWDED", 0.7)
+    monkeypatch.setattr(blends, "CROWDED", 0.7)
     crowds = []
     for said in drawn("story", 40, start=3):
         replies = [m.text for m in said.messages if m.role == "assistant"]
