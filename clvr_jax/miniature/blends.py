@@ -16,7 +16,7 @@ UNCLEAR = 0.6  # share of those in which it is unclear then, as far as one comes
 _BLURS = 8  # tries
 _BLENDS = ("shape", "colour", "size", "gone")  # in what a thing is partly another
 _SHARES = (0.05, 0.6)  # of what it is partly like
-CROWDED = 0.15  # share of drawn pictures with more things than there may be, of those almost full
+CROWDED = 0.4  # share of drawn pictures with more things than there may be, of those almost full
 _MORE = 2  # things more than that, at most
 
 

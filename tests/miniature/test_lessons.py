@@ -52,7 +52,7 @@ def test_critiques_name_the_kinds_of_faults_there_are():
 
 def test_what_is_unclear_is_said_of_where_it_is():
     """As the teacher's detector has it, whose reading the lessons stand for."""
-    shown = [(said, said.pictures[0]) for said in drawn("critique", 80)]
+    shown = [(said, said.pictures[0]) for said in drawn("critique", 120)]
     for said, picture in shown:
         check, *_ = said.messages[1].text.splitlines()
         cells = [COORDINATES[cell] for cell in picture.unclear]

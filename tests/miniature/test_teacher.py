@@ -312,6 +312,42 @@ def test_every_change_can_be_read_back():
     assert all(parse_edit(edits.write(edit, rng)) == edit for edit in found)
 
 
+def test_a_move_is_asked_for_as_its_fault_is_told():
+    """So that the place need not be found: "the star should be left of the ring" says it."""
+    goal, ring = (
+        "a star left of a ring. there is also a cross in the top row",
+        BLUE._replace(cell=5),
+    )
+    star, cross = RED._replace(cell=10), Thing(3, "cross", "black", "large")
+    for seed in range(12):
+        edit = parse_edit(after(goal, Scene((star, ring, cross)), seed=seed).action.prompt)
+        assert (edit.thing.shape, edit.becomes.word) == ("star", "left of")
+        assert edit.becomes.other.shape == "ring"
+        edit = parse_edit(
+            after(goal, Scene((star, ring._replace(cell=8), cross)), seed=seed).action.prompt
+        )
+        assert (edit.thing.shape, edit.becomes.word) == ("ring", "right of"), (
+            "nothing is left of it"
+        )
+        low = cross._replace(cell=15)
+        scene = Scene((star._replace(cell=4), ring, low))
+        edit = parse_edit(after(goal, scene, seed=seed).action.prompt)
+        assert (edit.thing.shape, edit.becomes.place) == ("cross", "top row")
+
+
+def test_of_a_picture_that_is_not_clean_nothing_else_is_told():
+    untidy = lambda pictures: read(
+        glance(pictures).codes, np.ones((1, CELLS), np.float32), np.array([False])
+    )
+    session = Teacher(0, POLICY, untidy).start()
+    shown = user(picture(Scene((RED, BLUE._replace(shape="cross")))))
+    told = session.ask([*opened("a star and a ring"), assistant("x"), shown]).text
+    assert "d4: a small blue cross at d4 and more. " in told
+    rest = told.split("So a1 asked, d4 no and more no. ")[1]
+    assert re.fullmatch(r"The picture is (not clean|a mess)\. [^.]*\.", rest.split("\n")[0])
+    assert parse(told, 2).action.kind == "generate"
+
+
 def test_a_worse_picture_is_left_for_an_earlier_one():
     turn = after("a red star and a blue ring", Scene((RED,)), Scene((BLUE._replace(colour="red"),)))
     assert turn.action.references == (1,) and "<IMG_GEN_1>" in turn.reasoning

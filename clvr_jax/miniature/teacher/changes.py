@@ -13,7 +13,7 @@ from clvr_jax.miniature.scene import SIZES, Scene, Thing
 from clvr_jax.miniature.teacher.sight import Sight
 
 ORDER = ("remove", "replace", "recolour", "resize", "move", "add")  # among equal gains
-_LOOSE = 0.75  # share of places that are named as loosely as the goal allows
+_LOOSE = 0.75  # share of places of new things that are named as loosely as the goal allows
 _SINGLE = {"colour": "recolour", "size": "resize"}
 
 
@@ -48,13 +48,22 @@ class _Bench:
         self.scene, self.badness = sight.scene, sight.badness(goal)
         self.slots, self.things, self.extra = goal.assign(sight.scene)
         self.served = dict(zip(self.slots, self.things, strict=True))
+        self.faults = goal.faults(sight.scene)
+        self.broken = [fault.relation for fault in self.faults if fault.relation]
         self._cells = {slot: thing.cell for slot, thing in self.served.items() if thing}
 
     def changes(self) -> list[Edit]:
         found = (*self._removals(), *self._repairs(), *self._moves(), *self._additions())
         useful = [(gain, edit) for edit in found if (gain := self._gain(edit)) > 0]
-        order = lambda one: (-one[0], ORDER.index(one[1].kind))
+        order = lambda one: (-one[0], ORDER.index(one[1].kind), not self._plain(one[1]))
         return [edit for _, edit in sorted(shuffle(self.rng, useful), key=order)]
+
+    def _plain(self, edit: Edit) -> bool:
+        """Whether it asks for a relation in the words in which its fault is told."""
+        named = lambda slot: mark(self.scene, self.served[slot])
+        told = [(named(r.first), r.word, named(r.second)) for r in self.broken]
+        where = edit.becomes
+        return edit.kind == "move" and (edit.thing, where.word, where.other) in told
 
     def _gain(self, edit: Edit) -> float:
         """By how much the badness falls; what the edit leaves open makes no difference to it."""
@@ -86,10 +95,8 @@ class _Bench:
                 yield Edit("replace", mark(self.scene, thing), becomes)
 
     def _moves(self) -> Iterator[Edit]:
-        faults = self.goal.faults(self.scene)
-        astray = {(f.group, f.thing) for f in faults if f.kind in ("place", "relation")}
-        seconds = [f.relation.second for f in faults if f.relation]
-        astray |= {(second, self.served[second]) for second in seconds}
+        astray = {(f.group, f.thing) for f in self.faults if f.kind in ("place", "relation")}
+        astray |= {(relation.second, self.served[relation.second]) for relation in self.broken}
         for slot, thing in sorted(astray):
             yield Edit("move", mark(self.scene, thing), self._where(slot, thing))
 
@@ -106,21 +113,21 @@ class _Bench:
     def _where(self, slot: int, thing: Thing) -> Description:
         """A place to put a thing that serves a slot: as good as there is for place and relations.
 
-        It is mostly said as the goal has it, by area or relation, if all that this allows is as
-        good, and left open if the goal leaves it open. Of equal cells, those in a held-out relation
-        come last.
+        It is said as the goal has it, by area or relation, if all that this allows is as good, and
+        left open if the goal leaves it open; of new things mostly. Of equal cells, those in a
+        held-out relation come last.
         """
         others = tuple(other for other in self.scene.things if other != thing)
         free = shuffle(self.rng, list(self.scene.free()))
         free.sort(key=lambda c: held_out.taints(thing._replace(cell=c), others))
         kept = {cell: self._kept(slot, cell) for cell in free}
         most = max(kept.values())
-        loose = self._loose(slot) if self.rng.random() < _LOOSE else []
+        moves = thing in self.scene.things
+        loose = self._loose(slot) if moves or self.rng.random() < _LOOSE else []
         for where in loose:
             cells = where.cells(self.scene)
-            there = thing in self.scene.things and thing.cell in cells
             good = [kept[cell] == most for cell in cells.intersection(free)]
-            if good and all(good) and not there:
+            if good and all(good) and not (moves and thing.cell in cells):
                 return where
         return Description(place=CELL_NAMES[next(c for c in free if kept[c] == most)])
 

@@ -143,7 +143,8 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
 
     First every group is looked for (see `sought`). Then it is said of each thing whether it serves
     for one, of what is not found what is to become it or that it is missing (see `compared`), what
-    is wrong beside, and how relations stand. Of what is missing, no relation can be told.
+    is wrong beside, and how relations stand. Of what is missing, no relation can be told. Where the
+    picture holds more than that, it is said instead of all that would be wrong.
     """
     slots, things, _ = goal.assign(sight.scene)
     given: list[list[Thing]] = [[] for _ in goal.groups]
@@ -159,6 +160,8 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
         for group, found in zip(goal.groups, right, strict=True)
     ]
     said.append(serving(sight, used))
+    if not sight.tidy:  # nothing else matters
+        return [*said, vary(rng, UNTIDY)]
     faults = sight.faults(goal)
     because = lambda told, wrong: (
         f"{told}, {_wrong(rng, goal, sight.scene, wrong[0])}" if wrong else told
@@ -180,7 +183,7 @@ def checked(rng: Rng, goal: Goal, sight: Sight) -> list[str]:
             cells = [thing.cell for (thing,) in ends]
             told = f"{usual_relation(goal, relation, *cells)}: {stand(relation.word, *cells)}"
             said.append(because(told, [[f] for f in faults if f.relation == relation]))
-    return said + [vary(rng, UNTIDY)] * (not sight.tidy)
+    return said
 
 
 def sought(group: Group, found: Sequence[Thing], scene: Scene, used: Collection[Thing]) -> str:
