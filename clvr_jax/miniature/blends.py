@@ -16,6 +16,7 @@ UNCLEAR = 0.6  # share of those in which it is unclear then, as far as one comes
 _BLURS = 8  # tries
 _BLENDS = ("shape", "colour", "size", "gone")  # in what a thing is partly another
 _SHARES = (0.05, 0.6)  # of what it is partly like
+_MANY, _HALF = 0.9, (0.25, 0.5)  # the same where many are: share of things, and of the other
 CROWDED = 0.4  # share of drawn pictures with more things than there may be, of those almost full
 _MORE = 2  # things more than that, at most
 
@@ -38,6 +39,39 @@ def drawn(rng: Rng, picture: Picture, base: Picture | None = None) -> Picture:
     return _blurred(rng, picture) if rng.random() < BLURRED else picture
 
 
+def many(rng: Rng, picture: Picture) -> Picture:
+    """Return the picture with many things partly others, or partly gone; as it is if none comes so.
+
+    The teacher's own detector says which of them are unclear: about a third.
+    """
+    scene = from_codes(picture.codes)
+    for _ in range(_BLURS):
+        other = scene
+        for thing in scene.things:
+            if rng.random() < _MANY:
+                other = _other(rng, other, thing)
+        blurred = picture._replace(blend=other.codes(), share=rng.uniform(*_HALF))
+        seen = _seen(blurred) if is_clean(other) else None
+        if seen is not None:
+            return blurred._replace(unclear=seen)
+    return picture
+
+
+def _other(rng: Rng, scene: Scene, thing: Thing) -> Scene:
+    """The scene that a picture of it is blended with to make one of its things unclear."""
+    left, kind = scene.without(thing.cell), pick(rng, _BLENDS)
+    return left if kind == "gone" else left.put(_like(rng, thing, kind))
+
+
+def _seen(picture: Picture) -> tuple[int, ...] | None:
+    """Cells of things that the teacher's detector is not sure of; None if it sees anything else."""
+    seen = detect(rendered([picture], 1))
+    unsure = seen.confidence[0] < SURE
+    if (seen.codes[0] != picture.codes).any() or (unsure & (picture.codes == 0)).any():
+        return None
+    return tuple(np.flatnonzero(unsure).tolist())
+
+
 def _blurred(rng: Rng, picture: Picture) -> Picture:
     """The picture with one thing that is partly another, or partly gone; as it is if none comes so.
 
@@ -46,15 +80,10 @@ def _blurred(rng: Rng, picture: Picture) -> Picture:
     scene, unclear = from_codes(picture.codes), bool(rng.random() < UNCLEAR)
     for _ in range(_BLURS if scene.things else 0):
         thing = pick(rng, scene.things)
-        left, kind = scene.without(thing.cell), pick(rng, _BLENDS)
-        other = left if kind == "gone" else left.put(_like(rng, thing, kind))
+        other = _other(rng, scene, thing)
         blurred = picture._replace(blend=other.codes(), share=rng.uniform(*_SHARES))
-        if not is_clean(other):
-            continue
-        seen = detect(rendered([blurred], 1))
-        unsure = tuple(np.flatnonzero(seen.confidence[0] < SURE).tolist())
-        if (seen.codes[0] == picture.codes).all() and unsure == (thing.cell,) * unclear:
-            return blurred._replace(unclear=unsure)
+        if is_clean(other) and _seen(blurred) == (thing.cell,) * unclear:
+            return blurred._replace(unclear=(thing.cell,) * unclear)
     return picture
 
 

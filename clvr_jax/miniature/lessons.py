@@ -28,11 +28,11 @@ from clvr_jax.miniature.splits import may_train
 from clvr_jax.miniature.teacher import checks, language
 from clvr_jax.miniature.teacher.answers import answer
 from clvr_jax.miniature.teacher.policy import Policy
-from clvr_jax.miniature.teacher.sight import Sight
+from clvr_jax.miniature.teacher.sight import Sight, see
 
 # share of each kind among short lessons, of a question and an answer, unless others are given
 SHORT = {
-    "inventory": 0.15,
+    "inventory": 0.1,
     "caption": 0.05,
     "difference": 0.1,
     "critique": 0.15,
@@ -43,6 +43,7 @@ SHORT = {
     "repeat": 0.05,
     "compare": 0.1,
     "find": 0.05,
+    "clear": 0.05,
     "need": 0.05,
 }
 # and among long ones: turn after turn, as in the loop; the same up to a proxy prompt; told anew
@@ -52,10 +53,12 @@ EDITS = 0.4  # share of checks, checklists and repetitions that are of an edit
 MISTAKES = 0.3  # of the painter of a story, see `Painter`
 LONGEST = 6  # pictures of a story
 # asked by nobody else: who cannot find a word again, or what is meant, or tell whether two things
-# are alike, cannot compare a picture with a prompt; and in pictures nearly all is as it should be
+# are alike, or clear, cannot compare a picture with a prompt; and in pictures nearly all is as it
+# should be
 REPEAT = requests.Request("Say this again, word for word: {text}")
 COMPARE = requests.Request("Is each of these what is asked for?\n{pairs}")
 FIND = requests.Request("Where is each of these?\n{things}\nThere is {seen}.")
+CLEAR = requests.Request("List the things by their places, and say which are unclear.")
 NEED = requests.Request("What does this ask for?\n{text}")
 RELATED = 0.4  # share of prompts that are drawn until they say how things lie; else few do
 _PAIRS = 4  # of a comparison
@@ -232,6 +235,13 @@ def _find(rng: Rng) -> Lesson:
     return Lesson([asked, assistant(language.sentence(*said))], [])
 
 
+def _clear(rng: Rng) -> Lesson:
+    """What there is, with many things unclear: elsewhere they are too rare to learn the look of."""
+    picture = blends.many(rng, picture_of(_scene(rng), rng))
+    told = language.all_of(see(_reading(picture)))
+    return Lesson([CLEAR.message(BLANK), assistant(language.sentence(told))], [picture])
+
+
 def _need(rng: Rng) -> Lesson:
     """What a prompt asks for, as the loop's first turn lists it."""
     text = _goal(rng)
@@ -325,6 +335,7 @@ _LESSONS: dict[str, Callable[[Rng], Lesson]] = {
     "repeat": _repeat,
     "compare": _compare,
     "find": _find,
+    "clear": _clear,
     "need": _need,
     "story": _story,
     "proxy": _proxy,

@@ -12,6 +12,7 @@ from clvr_jax.miniature import blends, detect, held_out, lessons, splits
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.pictures import rendered
 from clvr_jax.miniature.places import COORDINATES, PLACES, related
+from clvr_jax.miniature.readings import SURE
 from clvr_jax.miniature.samples import generator
 from clvr_jax.miniature.scene import MOST, from_codes
 from clvr_jax.miniature.teacher.looks import read_inventory
@@ -67,6 +68,21 @@ def test_what_is_unclear_is_said_of_where_it_is():
     near = [p for _, p in shown if p.blend is not None and not p.unclear and not p.beside.any()]
     seen = detect.detect(rendered(near, 16))
     assert len(near) > 3 and seen.clean.all(), "what is nearly unclear is not said to be"
+
+
+def test_many_things_are_unclear_where_that_is_all_that_is_learnt():
+    given = drawn("clear", 40)
+    for said in given:
+        picture, told = said.pictures[0], said.messages[1].text
+        cells = [COORDINATES[cell] for cell in picture.unclear]
+        assert re.findall(r"at ([a-d][1-4]) unclear", told) == cells
+        assert told.count(":") == np.count_nonzero(picture.codes)
+    pictures = [said.pictures[0] for said in given]
+    seen = detect.detect(rendered(pictures, 16))
+    unsure = [set(np.flatnonzero(row < SURE).tolist()) for row in seen.confidence]
+    assert unsure == [set(picture.unclear) for picture in pictures]
+    share = sum(map(len, unsure)) / sum(np.count_nonzero(p.codes) for p in pictures)
+    assert 0.15 < share < 0.6
 
 
 def test_what_is_unclear_stays_so_until_it_is_changed():
