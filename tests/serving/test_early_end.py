@@ -117,18 +117,25 @@ def test_a_stream_that_takes_too_long_says_so_in_an_event(impatient):
     eventually(lambda: not impatient.vlm.open)
 
 
-def test_a_client_that_does_not_read_its_stream_is_given_up(impatient):
+@pytest.fixture
+def patient():
+    """A busy machine takes longer than 0.3 s to read 10 MB before the stream begins."""
+    with serving(Limits(timeout_s=2.0, kept_conversations=0)) as running:
+        yield running
+
+
+def test_a_client_that_does_not_read_its_stream_is_given_up(patient):
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        connection.connect(("127.0.0.1", impatient.port))
+        connection.connect(("127.0.0.1", patient.port))
         text = " ".join(["w" * 20_000] * 500)  # more than sockets buffer, in few pieces
         data = json.dumps({"model": NAME, "messages": talk(text), "stream": True}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n"
         connection.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + data)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200")
-        assert not idle(impatient)
-        eventually(lambda: idle(impatient))
-        assert impatient.say("x").status == 200
+        assert not idle(patient)
+        eventually(lambda: idle(patient), seconds=20.0)
+        assert patient.say("x").status == 200
         received = answer_on(connection)
         assert len(received) < 500 * 20_000 and b"[DONE]" not in received
 
