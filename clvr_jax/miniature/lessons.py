@@ -278,20 +278,19 @@ def _story(rng: Rng) -> Lesson:
 
 def _drawing(rng: Rng) -> Lesson:
     prompt, _ = _prompt(rng)
-    said, shown, pictures = [system(requests.CONTROL), user(prompt.text)], [], []
+    said, pictures = [system(requests.CONTROL), user(prompt.text)], []
     painter, seed = Painter(rng, MISTAKES), 0
     while True:
         text = _answer(rng, said, pictures)
         said.append(assistant(text))
-        action = turns.parse(text, len(shown) + 1).action
-        if action is None or len(shown) == LONGEST:
+        action = turns.parse(text, len(pictures) + 1).action
+        if action is None or len(pictures) == LONGEST:
             return Lesson(said, pictures)
-        scene = painter.draw(action, shown)
+        scene = painter.draw(action, _scenes(pictures))
         if action.kind == "generate":
             seed = new_seed(rng)
         base = pictures[action.references[-1] - 1] if action.references else None
         pictures.append(blends.drawn(rng, Picture(scene.codes(), seed), base))
-        shown.append(from_codes(pictures[-1].codes))
         said.append(user(BLANK))
 
 

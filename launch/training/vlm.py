@@ -92,11 +92,8 @@ def positions(config: Any, weights: Component) -> int:
     Raises:
       ValueError: they are fewer than the tokens of a row, or more than the weights have.
     """
-    given, tokens, most = (
-        config.data.positions,
-        config.data.tokens,
-        weights.config.text.max_positions,
-    )
+    given, tokens = config.data.positions, config.data.tokens
+    most = weights.config.text.max_positions
     if given and not tokens <= given <= most:
         raise ValueError(
             f"data.positions is {given}; give the {tokens} of data.tokens at least and the {most} "

@@ -48,22 +48,20 @@ class _Bench:
         self.scene, self.badness = sight.scene, sight.badness(goal)
         self.slots, self.things, self.extra = goal.assign(sight.scene)
         self.served = dict(zip(self.slots, self.things, strict=True))
-        self.faults = goal.faults(sight.scene)
+        self.faults = sight.faults(goal)
         self.broken = [fault.relation for fault in self.faults if fault.relation]
         self._cells = {slot: thing.cell for slot, thing in self.served.items() if thing}
 
     def changes(self) -> list[Edit]:
         found = (*self._removals(), *self._repairs(), *self._moves(), *self._additions())
         useful = [(gain, edit) for edit in found if (gain := self._gain(edit)) > 0]
-        order = lambda one: (-one[0], ORDER.index(one[1].kind), not self._plain(one[1]))
-        return [edit for _, edit in sorted(shuffle(self.rng, useful), key=order)]
-
-    def _plain(self, edit: Edit) -> bool:
-        """Whether it asks for a relation in the words in which its fault is told."""
         named = lambda slot: mark(self.scene, self.served[slot])
-        told = [(named(r.first), r.word, named(r.second)) for r in self.broken]
-        where = edit.becomes
-        return edit.kind == "move" and (edit.thing, where.word, where.other) in told
+        told = [  # what asks for a relation in the words in which its fault is told
+            Edit("move", named(r.first), Description(word=r.word, other=named(r.second)))
+            for r in self.broken
+        ]
+        order = lambda one: (-one[0], ORDER.index(one[1].kind), one[1] not in told)
+        return [edit for _, edit in sorted(shuffle(self.rng, useful), key=order)]
 
     def _gain(self, edit: Edit) -> float:
         """By how much the badness falls; what the edit leaves open makes no difference to it."""
