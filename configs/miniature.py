@@ -47,9 +47,9 @@ def get_config(variant: str = "klein") -> mlc.ConfigDict:
         # steps of a round: short lessons, in three times as many rows; long ones, as stories are
         c.tasks = section(short=2, long=2)
         # shares of lessons among the short ones, of a question and an answer
-        c.lessons = section(inventory=0.04, caption=0.02, difference=0.04, critique=0.3)
+        c.lessons = section(inventory=0.04, caption=0.02, difference=0.04, critique=0.26)
         c.lessons.update(verify=0.04, choose=0.04, checklist=0.02, rewrite=0.02, repeat=0.02)
-        c.lessons.update(compare=0.1, find=0.18, need=0.08, clear=0.14)
+        c.lessons.update(compare=0.1, find=0.16, need=0.08, clear=0.2)
         c.lessons.update(story=0.8, proxy=0.1, narrate=0.1)  # and among the long ones
         c.template = section(enable_thinking=False)  # names for the chat template
         c.chunk = 512  # tokens whose scores over the vocabulary exist at once

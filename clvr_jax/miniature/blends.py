@@ -16,7 +16,7 @@ UNCLEAR = 0.6  # share of those in which it is unclear then, as far as one comes
 _BLURS = 8  # tries
 _BLENDS = ("shape", "colour", "size", "gone")  # in what a thing is partly another
 _SHARES = (0.05, 0.6)  # of what it is partly like
-_MANY, _HALF = 0.9, (0.25, 0.5)  # the same where many are: share of things, and of the other
+_MANY, _HALF = 0.5, (0.35, 0.5)  # the same where many are: share of things, and of the other
 CROWDED = 0.4  # share of drawn pictures with more things than there may be, of those almost full
 _MORE = 2  # things more than that, at most
 
@@ -42,7 +42,8 @@ def drawn(rng: Rng, picture: Picture, base: Picture | None = None) -> Picture:
 def many(rng: Rng, picture: Picture) -> Picture:
     """Return the picture with many things partly others, or partly gone; as it is if none comes so.
 
-    The teacher's own detector says which of them are unclear: about a third.
+    The teacher's own detector says which of them are unclear: most. What is not blended is clear,
+    so that the look of blends can be learnt before their boundary.
     """
     scene = from_codes(picture.codes)
     for _ in range(_BLURS):

@@ -29,7 +29,7 @@ Drawn = tuple[Example, list[Picture]]
 _PARTS = 3  # rows of short lessons alone that are as long as one with a long one
 _LEAST = 600  # tokens of the longest short lesson, about
 _TRIES = 1000  # for a lesson that is short enough
-_VERSION = 26  # of what the lessons are; another one is other data
+_VERSION = 28  # of what the lessons are; another one is other data
 
 
 def networks(config: Any, weights: Component | None) -> Networks:

@@ -76,6 +76,7 @@ def test_many_things_are_unclear_where_that_is_all_that_is_learnt():
         picture, told = said.pictures[0], said.messages[1].text
         cells = [COORDINATES[cell] for cell in picture.unclear]
         assert re.findall(r"at ([a-d][1-4]) unclear", told) == cells
+        assert re.findall(r"([a-d][1-4]): a \w+ unclear", told.lower()) == cells
         assert told.count(":") == np.count_nonzero(picture.codes)
     pictures = [said.pictures[0] for said in given]
     seen = detect.detect(rendered(pictures, 16))
@@ -87,7 +88,7 @@ def test_many_things_are_unclear_where_that_is_all_that_is_learnt():
 
 def test_what_is_unclear_stays_so_until_it_is_changed():
     kept = 0
-    for said in drawn("story", 60, start=9):
+    for said in drawn("story", 90, start=9):
         replies = [m.text for m in said.messages if m.role == "assistant"]
         for number, picture in enumerate(said.pictures[1:], 2):
             action = turns.parse(replies[number - 1], number).action

@@ -249,10 +249,10 @@ def _points(group: Group, thing: Thing) -> list[str]:
     return said
 
 
-def found(thing: Thing) -> str:
-    """Return "b2: a small red star"."""
-    what = article(kind_name(thing.shape, thing.colour, thing.size))
-    return f"{COORDINATES[thing.cell]}: {what}"
+def found(thing: Thing, unclear: bool = False) -> str:
+    """Return "b2: a small red star", or "b2: a small unclear red star"."""
+    size = f"{thing.size}{' unclear' * unclear}"
+    return f"{COORDINATES[thing.cell]}: {article(kind_name(thing.shape, thing.colour, size))}"
 
 
 def stand(word: str, first: int, second: int) -> str:
@@ -279,11 +279,14 @@ def seen(rng: Rng, sight: Sight) -> str:
 def all_of(sight: Sight) -> str:
     """Return "a1: a small red star at a1 and c2: a large blue ring at c2", in the order of cells.
 
-    A thing has its place on both sides: who reads on from either finds the other. Behind the second
-    one it says if the thing is unclear. If there is more in the picture, "more" comes last.
+    A thing has its place on both sides: who reads on from either finds the other. If it is unclear,
+    that is said twice: among its looks, where it is seen, and behind the second place, where it is
+    found again. If there is more in the picture, "more" comes last.
     """
-    at = lambda cell: f"{COORDINATES[cell]}{' unclear' * (cell in sight.unclear)}"
-    told = [f"{found(t)} at {at(t.cell)}" for t in sight.scene.things]
+    told = []
+    for thing in sight.scene.things:
+        unclear = thing.cell in sight.unclear
+        told.append(f"{found(thing, unclear)} at {COORDINATES[thing.cell]}{' unclear' * unclear}")
     told += [BESIDE] * (not sight.tidy)
     return enumerate_words(told) if told else ""
 
