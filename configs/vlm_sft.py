@@ -86,8 +86,8 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     )
     c.trackers = ()  # tensorboard, wandb
     if variant == "miniature":
-        c.data.tokens, c.batch.rows = 2048, 2  # eight pictures and turns must fit into a row
-        c.data.positions = 4096  # the loop's conversations grow longer
+        c.data.tokens = 4096  # as long as the model's conversations can be: examples are never cut
+        c.data.positions = 4096  # short ones are spread over as many
         c.lora.update(rank=16, pattern=r"(layers|blocks|merger).*kernel$")
         c.attention = "blocked"
     return c

@@ -37,7 +37,7 @@ STEPS: dict[str, dict[str, int]] = {
         "vlm_sft": 100,
     },
 }
-PROMPTS = {"full": 100, "quick": 10}  # of each kind, whose drawings are fine-tuned on
+PROMPTS = {"full": 250, "quick": 10}  # of each kind, whose drawings are fine-tuned on
 _TRAJECTORIES, _RECORD = "train.jsonl", "recipe.json"
 _LOST = 0.02  # share of drawings that may fail
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by

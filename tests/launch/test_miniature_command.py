@@ -14,6 +14,7 @@ import pytest
 from clvr_jax.data.trajectory import Action, Step, Trajectory
 from clvr_jax.miniature import prompts
 from clvr_jax.miniature.held_out import Split
+from configs import vlm_sft
 from conversion import detect
 from launch import recipe as recipes
 from launch.drawing import folder
@@ -35,6 +36,13 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(tmp_path, monkeypatch):
         Recipe(tmp_path).run(["begin"])
     with pytest.raises(ValueError, match="--seed=0, 3 given"):
         Recipe(tmp_path, "quick", 3).run(["begin"])
+
+
+def test_fine_tuning_takes_conversations_as_long_as_they_can_be():
+    """Of 2,484 drawings 56 were longer than the rows were, and the stage refused them all."""
+    most = json.loads((detect.find("miniature-vlm").path / "config.json").read_text())
+    data = vlm_sft.get_config("miniature").data
+    assert data.tokens == data.positions == most["text_config"]["max_position_embeddings"]
 
 
 def test_a_stage_costs_what_all_its_starts_took(tmp_path, monkeypatch):
