@@ -9,7 +9,8 @@ WORKERS ?= 2
 
 # draws a prompt in the closed loop with the weights that come with the package
 demo: $(VENV)/.run
-	$(RUN) -m launch.generate --weights=miniature --vlm=teacher --prompt="$(PROMPT)"
+	$(RUN) -m launch.generate --weights=miniature --vlm=miniature-vlm-sft --vlm_config=configs/vlm.py:greedy \
+	  --prompt="$(PROMPT)"
 
 # lint, import order, unit tests on 8 simulated devices with shape checks, parity with PyTorch
 test: $(VENV)/.dev lint

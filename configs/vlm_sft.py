@@ -86,6 +86,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
     )
     c.trackers = ()  # tensorboard, wandb
     if variant == "miniature":
+        c.epochs = 1  # as what comes with the package has seen
         c.data.tokens = 4096  # as long as the model's conversations can be: examples are never cut
         c.data.positions = 4096  # short ones are spread over as many
         c.lora.update(rank=16, pattern=r"(layers|blocks|merger).*kernel$")

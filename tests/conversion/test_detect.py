@@ -8,7 +8,7 @@ import pytest
 
 from clvr_jax.models.flux2.config import TRANSFORMER_VARIANTS, VAE_VARIANTS
 from conversion import flux2, infer, vae
-from conversion.detect import find
+from conversion.detect import SHIPPED, find
 from conversion.rules import file_specs
 from tests.conversion import toy
 
@@ -191,3 +191,11 @@ def test_a_manifest_of_another_version_is_refused(tmp_path):
     write(tmp_path / "clvr.json", {"format": 2})
     with pytest.raises(ValueError, match="format is 2, this version reads 1"):
         find(tmp_path)
+
+
+def test_what_ships_is_found_by_its_name():
+    found = {name: find(name) for name in SHIPPED}
+    tuned = found["miniature-vlm-sft"].components["vlm"]
+    assert tuned.layout == "adapters" and tuned.folder.samefile(found["miniature-vlm"].path)
+    size = sum(file.stat().st_size for file in found["miniature"].path.parent.rglob("*"))
+    assert size < 15e6, "the package stays small"
