@@ -21,9 +21,11 @@ import sys
 from clvr_jax.serving.app import make_app
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.server import serve
+from tests.serving.conftest import eventually
 from tests.serving.fake import FakeVlm
 vlm = FakeVlm()
 serve(make_app(vlm, Limits(), None), port=int(sys.argv[1]), grace_s=int(sys.argv[2]))
+eventually(lambda: not vlm.open)  # what is cancelled ends in a thread of the backend's
 print("returned, open:", len(vlm.open), "cancelled:", vlm.cancels)
 """
 
