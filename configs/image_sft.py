@@ -56,6 +56,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         areas=((64 * 64),) if small else ((1024 * 1024),),  # further ones take smaller pictures
         pattern="full",  # who attends to whom: full as klein; causal and kv as experiments
         rejected=False,  # learn pictures that the trajectory itself rejected
+        reference_noise=0.0,  # in the latents of references, against flaws that add up; 0: none
     )
     # noise levels: clvr_jax/diffusion/path.py tells the sources of these choices
     c.times = section(distribution="logit_normal", mean=0.0, std=1.0)
@@ -100,6 +101,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         c.condition.update(text="instruction", references="chosen", buckets=(32, 56, 144))
         c.times.update(std=1.2, shift="2.5")
         c.dropout, c.ema, c.attention = 0.1, 0.99, "reference"
+        c.pictures.reference_noise = 0.3
         c.batch.rows, c.lora.rank = 32, 16
         c.optim.schedule = "cosine"
         c.preview.update(steps=28, guidance=4.0)

@@ -21,7 +21,7 @@ _STAGES = flags.DEFINE_list(
     "stages",
     [],
     "only these of begin, vae, klein, klein_more, klein_long, vlm_begin, vlm, trajectories, "
-    "klein_sft, vlm_sft, weights; with commas between",
+    "pictures, klein_sft, vlm_sft, weights; with commas between",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of first weights, training data and drawings")
 

@@ -38,6 +38,7 @@ STEPS: dict[str, dict[str, int]] = {
     },
 }
 PROMPTS = {"full": 250, "quick": 10}  # of each kind, whose drawings are fine-tuned on
+EDITS = {"full": 8000, "quick": 200}  # of renders, that klein is fine-tuned on beside
 _TRAJECTORIES, _RECORD = "train.jsonl", "recipe.json"
 _LOST = 0.02  # share of drawings that may fail
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
@@ -76,6 +77,7 @@ class Recipe:
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
             "trajectories": self.trajectories,
+            "pictures": self.pictures,
             "klein_sft": self.klein_sft,
             "vlm_sft": self.vlm_sft,
             "weights": self.weights,
@@ -236,13 +238,29 @@ class Recipe:
                 flush=True,
             )
 
+    def pictures(self, folder: Path) -> None:
+        """Choose the drawings' first pictures that are right, and render edits beside them.
+
+        A klein that learns its own edits learns their flaws, and forgets what no drawing asks for;
+        see the weights' README for what that cost.
+        """
+        from launch import world_data
+
+        with aside(folder) as partial:
+            partial.mkdir()
+            drawings = self.out / "trajectories" / _TRAJECTORIES
+            count = world_data.first_pictures(drawings, partial / "first.jsonl")
+            world_data.edits(partial / "edits.jsonl", EDITS[self.preset], self.seed)
+            print(f"{count} first pictures, {EDITS[self.preset]} edits", flush=True)
+
     def klein_sft(self, folder: Path) -> None:
-        """Fine-tune klein's transformer on drawings, and write its adapters."""
-        self._tuned(folder, "klein_sft", "image_sft.py", "klein_long")
+        """Fine-tune klein's transformer on pictures, and write its adapters."""
+        self._tuned(folder, "klein_sft", "image_sft.py", "klein_long", self.out / "pictures")
 
     def vlm_sft(self, folder: Path) -> None:
         """Fine-tune the Qwen3-VL on drawings, and write its adapters."""
-        self._tuned(folder, "vlm_sft", "vlm_sft.py", "vlm")
+        drawings = self.out / "trajectories" / _TRAJECTORIES
+        self._tuned(folder, "vlm_sft", "vlm_sft.py", "vlm", drawings)
 
     def weights(self, folder: Path) -> None:
         """Write all once more in bfloat16, as they come with the package."""
@@ -276,10 +294,10 @@ class Recipe:
         _call(command, f"the training of {stage}")
         return run
 
-    def _tuned(self, folder: Path, stage: str, config: str, base: str) -> None:
+    def _tuned(self, folder: Path, stage: str, config: str, base: str, data: Path) -> None:
         """Fine-tune what the stage `base` left, and write the adapters."""
-        data = {"data.train": self.out / "trajectories" / _TRAJECTORIES}
-        self._train(stage, self.out / base, config=f"{config}:miniature", **data)
+        given = {"data.train": data}
+        self._train(stage, self.out / base, config=f"{config}:miniature", **given)
         self._adapters(folder, stage, base)
 
     def _adapters(self, folder: Path, stage: str, base: str, *options: str) -> None:

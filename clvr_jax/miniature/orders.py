@@ -1,10 +1,12 @@
 """Edits in words."""
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clvr_jax.data.turns import MARKER, Action
+from clvr_jax.data.turns import MARKER, Action, marker
 from clvr_jax.miniature import words
 from clvr_jax.miniature.chance import pick
 from clvr_jax.miniature.references import say, say_where
@@ -69,6 +71,7 @@ COMPARATIVES = {"small": ("smaller",), "large": ("larger", "bigger")}
 GROW = {"small": ("shrink",), "large": ("enlarge",)}
 OF_IMAGE = ("of", "from", "in")
 INTO_IMAGE = ("into", "to", "in")
+_IMAGE = re.compile(r"image (\d)")  # what edits call a reference, by its place
 
 
 def write(edit: "Edit", rng: np.random.Generator) -> str:
@@ -103,6 +106,16 @@ def write(edit: "Edit", rng: np.random.Generator) -> str:
 def by_place(action: Action) -> str:
     """Return an action's prompt with its references called by their places, "image 1"."""
     return MARKER.sub(lambda m: f"image {action.references.index(int(m[1])) + 1}", action.prompt)
+
+
+def by_number(text: str, references: Sequence[int]) -> str:
+    """Return an edit's words with its references, "image 1", called by their numbers.
+
+    Args:
+      text: of `write`.
+      references: numbers of the pictures, in the order of their places.
+    """
+    return _IMAGE.sub(lambda m: marker(references[int(m[1]) - 1]), text)
 
 
 def _in_image_2(rng: np.random.Generator, edit: "Edit") -> str:

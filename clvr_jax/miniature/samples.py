@@ -29,6 +29,7 @@ class Stream(enum.IntEnum):
     DROPOUT = 1
     CROWDS = 2
     DRAWINGS = 3
+    EDITS = 4
     LESSONS = 16
 
 

@@ -68,7 +68,7 @@ def stage(config: Any, nets: generation.Networks, weights: build.Weights | None)
     abstract = build.abstract(nets, "float32")
     transformer = abstract.pop("transformer")
     others = {} if config.data.features else abstract
-    settings = Settings(times(config))
+    settings = Settings(times(config), reference_noise=config.pictures.reference_noise)
     distilled = bool(weights and weights.distilled)
 
     def open_all() -> dict[str, Any]:

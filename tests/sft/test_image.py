@@ -28,7 +28,7 @@ from clvr_jax.models.flux2.vae import Vae
 from clvr_jax.models.qwen3.decoder import Decoder
 from clvr_jax.sft.image import pictures
 from clvr_jax.sft.image.batches import Batches
-from clvr_jax.sft.image.loss import Settings, loss
+from clvr_jax.sft.image.loss import Settings, loss, noised
 from clvr_jax.sft.image.samples import Rules, index
 from clvr_jax.tree import flatten
 from launch import toy_data as toy
@@ -216,6 +216,28 @@ def test_draws_depend_on_the_key_alone():
         params["transformer"], {}, {}, given(layout, 2), key, static=layout
     )[0]
     assert run(KEY) == run(KEY) != run(jax.random.key(1))
+
+
+def test_references_are_noised_each_to_a_level_of_its_own():
+    _, params = model()
+    run = lambda layout, **more: program(Settings(**more))(
+        params["transformer"], {}, {}, given(layout, 2), KEY, static=layout
+    )[0]
+    alone, edit = Layout(8, (4, 4)), Layout(8, (4, 4), ((4, 4), (2, 3)))
+    assert run(alone, reference_noise=0.3) == run(alone)
+    assert run(edit, reference_noise=0.3) != run(edit)
+    clean = [jnp.ones((6, count, 500)) for count in (16, 6)]
+    made = noised(clean, KEY, 0.3)
+    levels = np.array([(np.asarray(z) - 1).std((1, 2)) for z in made])
+    assert (levels < 0.32).all() and len(np.unique(levels.round(4))) == levels.size
+    assert 0.05 < levels.mean() < 0.25
+    for again, other, z in zip(
+        noised(clean, KEY, 0.3), noised(clean, jax.random.key(1), 0.3), made
+    ):
+        np.testing.assert_array_equal(again, z)
+        assert (np.asarray(other) != z).all()
+    with pytest.raises(ValueError, match=r"reference_noise is -0\.1; it is 0 or more"):
+        Settings(reference_noise=-0.1)
 
 
 def test_dropout_is_drawn_for_each_sample_and_epoch(source):

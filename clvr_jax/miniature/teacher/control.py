@@ -1,6 +1,5 @@
 """The loop's turns: deciding what to do next, and telling why in the first person."""
 
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ from clvr_jax.miniature import edits
 from clvr_jax.miniature.chance import Rng
 from clvr_jax.miniature.edits import Edit
 from clvr_jax.miniature.goal import Goal, Group
+from clvr_jax.miniature.orders import by_number
 from clvr_jax.miniature.parse import parse_prompt
 from clvr_jax.miniature.references import Description
 from clvr_jax.miniature.teacher import language
@@ -18,7 +18,6 @@ from clvr_jax.miniature.teacher.policy import Policy
 from clvr_jax.miniature.teacher.sight import Sight
 from clvr_jax.miniature.words import enumerate_words, vary
 
-_IMAGE = re.compile(r"image (\d)")  # what edits call a reference, by its place
 _SAID = 3  # most faults that are told of a picture that is gone back to
 
 
@@ -86,7 +85,7 @@ def decide(story: Story, policy: Policy, rng: Rng) -> Action | None:
         if brought:
             source, edit = brought
             numbers = source + 1, best + 1
-            text = _IMAGE.sub(lambda i: marker(numbers[int(i[1]) - 1]), edits.write(edit, rng))
+            text = by_number(edits.write(edit, rng), numbers)
             return Action(kind="edit", prompt=text, references=numbers)
     return Action(kind="edit", prompt=edits.write(edit, rng), references=(best + 1,))
 
