@@ -101,7 +101,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         c.condition.update(text="instruction", references="chosen", buckets=(32, 56, 144))
         c.times.update(std=1.2, shift="2.5")
         c.dropout, c.ema, c.attention = 0.1, 0.99, "reference"
-        c.pictures.reference_noise = 0.3
+        c.pictures.reference_noise, c.optim.learning_rate, c.epochs = 0.3, 4e-4, 2
         c.batch.rows, c.lora.rank = 32, 16
         c.optim.schedule = "cosine"
         c.preview.update(steps=28, guidance=4.0)

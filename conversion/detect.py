@@ -17,7 +17,12 @@ INDEX = "model_index.json"
 CONDITIONING = "conditioning.json"  # how the inputs of trained weights are made
 ORBAX = "params"  # folder of the Orbax leaves inside a converted component
 # what comes with the package, by the name that stands for its folder
-SHIPPED = {"miniature": "klein", "miniature-vlm": "vlm", "miniature-vlm-sft": "vlm_sft"}
+SHIPPED = {  # folders of the package by the names that commands know them by
+    "miniature": "klein",
+    "miniature-sft": "klein_sft",
+    "miniature-vlm": "vlm",
+    "miniature-vlm-sft": "vlm_sft",
+}
 ADAPTED = ("transformer", "vlm")  # components that adapters are known of
 SHARED = ("tokenizer", "scheduler", INDEX)  # what is copied as it is
 

@@ -38,7 +38,7 @@ STEPS: dict[str, dict[str, int]] = {
     },
 }
 PROMPTS = {"full": 250, "quick": 10}  # of each kind, whose drawings are fine-tuned on
-EDITS = {"full": 8000, "quick": 200}  # of renders, that klein is fine-tuned on beside
+EDITS = {"full": 16000, "quick": 200}  # of renders, that klein is fine-tuned on beside
 _TRAJECTORIES, _RECORD = "train.jsonl", "recipe.json"
 _LOST = 0.02  # share of drawings that may fail
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by

@@ -195,7 +195,9 @@ def test_a_manifest_of_another_version_is_refused(tmp_path):
 
 def test_what_ships_is_found_by_its_name():
     found = {name: find(name) for name in SHIPPED}
-    tuned = found["miniature-vlm-sft"].components["vlm"]
-    assert tuned.layout == "adapters" and tuned.folder.samefile(found["miniature-vlm"].path)
+    for name, part in {"miniature": "transformer", "miniature-vlm": "vlm"}.items():
+        tuned = found[f"{name}-sft"].components[part]
+        base = found[name].components[part]
+        assert tuned.layout == "adapters" and tuned.folder.samefile(base.folder)
     size = sum(file.stat().st_size for file in found["miniature"].path.parent.rglob("*"))
     assert size < 15e6, "the package stays small"
