@@ -9,7 +9,7 @@ WORKERS ?= 2
 
 # draws a prompt in the closed loop with the weights that come with the package
 demo: $(VENV)/.run
-	$(RUN) -m launch.generate --weights=miniature --vlm=miniature-vlm-sft --vlm_config=configs/vlm.py:greedy \
+	$(RUN) -m launch.generate --weights=miniature-sft --vlm=miniature-vlm-sft --vlm_config=configs/vlm.py:greedy \
 	  --prompt="$(PROMPT)"
 
 # lint, import order, unit tests on 8 simulated devices with shape checks, parity with PyTorch
