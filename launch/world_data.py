@@ -27,7 +27,7 @@ def first_pictures(source: str | Path, path: Path) -> int:
       How many there are.
     """
     begun = (
-        whole.model_copy(update={"steps": whole.steps[:1], "closing": "", "outcome": None})
+        Trajectory(id=whole.id, goal=whole.goal, system=whole.system, steps=whole.steps[:1])
         for whole in open_source(source)
         if whole.steps[0].verdict == "accepted"
     )
@@ -52,13 +52,14 @@ def edits(path: Path, count: int, seed: int = 0) -> None:
 def _edits(folder: Path, count: int, seed: int) -> Iterator[Trajectory]:
     for start in range(0, count, _TOGETHER):
         rows = range(start, min(start + _TOGETHER, count))
-        generators = [row_generator(seed, 0, row, Stream.EDITS) for row in rows]
-        references = [2 if row % _BRING == 0 else 1 for row in rows]
-        drawn = [drawing(*given) for given in zip(generators, references, strict=True)]
+        drawn = [
+            drawing(row_generator(seed, 0, row, Stream.EDITS), 1 if row % _BRING else 2)
+            for row in rows
+        ]
         shown = [(*each.references, each.target) for each in drawn]
         pixels = iter(rendered([picture for each in shown for picture in each], 3 * _TOGETHER))
-        for row, each in zip(rows, drawn, strict=True):
-            files = [folder / f"{row}-{i + 1}.png" for i in range(len(each.references) + 1)]
+        for row, each, pictures in zip(rows, drawn, shown, strict=True):
+            files = [folder / f"{row}-{i}.png" for i, _ in enumerate(pictures, 1)]
             for file in files:
                 Image.fromarray(next(pixels)).save(file)
             yield _edit(f"edit-{row}", each, [str(file) for file in files])

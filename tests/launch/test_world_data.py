@@ -62,6 +62,7 @@ def test_first_pictures_are_those_that_were_right(tmp_path):
     records = [json.loads(line) for line in made.read_text().splitlines()]
     for record, verdict in zip(records, ("accepted", "rejected", "accepted"), strict=True):
         record["steps"][0]["verdict"], record["steps"][1]["verdict"] = verdict, "accepted"
+        record["final"] = 2
     made.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert world_data.first_pictures(made, tmp_path / "first.jsonl") == 2
     require_valid(str(tmp_path / "first.jsonl"))
