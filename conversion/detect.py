@@ -17,7 +17,7 @@ INDEX = "model_index.json"
 CONDITIONING = "conditioning.json"  # how the inputs of trained weights are made
 ORBAX = "params"  # folder of the Orbax leaves inside a converted component
 # what comes with the package, by the name that stands for its folder
-SHIPPED = {  # folders of the package by the names that commands know them by
+SHIPPED = {
     "miniature": "klein",
     "miniature-sft": "klein_sft",
     "miniature-vlm": "vlm",

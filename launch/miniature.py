@@ -6,7 +6,7 @@ Each stage leaves a folder of its own, most of them by `launch.train`; a stage t
 not done again, one that was interrupted goes on from its last checkpoint. At the end
 `OUT/klein_long` is a pipeline as diffusers writes it, `OUT/vlm` a model as transformers does,
 `OUT/klein_sft` and `OUT/vlm_sft` are adapters for them, fine-tuned on drawings of the closed loop,
-and `OUT/weights` has all in bfloat16.
+the first on edits of renders too, and `OUT/weights` has all in bfloat16.
 """
 
 from pathlib import Path

@@ -296,8 +296,7 @@ class Recipe:
 
     def _tuned(self, folder: Path, stage: str, config: str, base: str, data: Path) -> None:
         """Fine-tune what the stage `base` left, and write the adapters."""
-        given = {"data.train": data}
-        self._train(stage, self.out / base, config=f"{config}:miniature", **given)
+        self._train(stage, self.out / base, config=f"{config}:miniature", **{"data.train": data})
         self._adapters(folder, stage, base)
 
     def _adapters(self, folder: Path, stage: str, base: str, *options: str) -> None:

@@ -17,7 +17,7 @@ from clvr_jax.typing import Array, Float, Int, Latents, Params, PRNGKey, Times, 
 
 Pixels = UInt8[Array, "b height width 3"]
 Grid = Float[Array, "b rows cols c"]
-_REFERENCES = 16  # first stream of the references' noise
+_REFERENCES = 16  # the references' keys begin here: the first two of a key are those of `draw`
 
 
 @dataclasses.dataclass(frozen=True)
