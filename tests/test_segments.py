@@ -74,6 +74,26 @@ def test_each_segment_is_attended_alone(many_blocks, name, causal, kv_heads):
         assert error(ours, theirs) < 1e-6
 
 
+def test_a_block_meets_only_keys_near_what_it_sees(many_blocks):
+    """On CPUs: what is not a number and far away would spoil a sum that it is masked out of."""
+    assert blocked.spans(16, 6) == [16, 32, 64, 96]
+    q, k, v = (normal(1, 90, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2)))
+    ids = jnp.asarray(np.repeat([1, 2], (40, 50))[None])
+    masks = {"causal": True, "segments": ids}
+    out = attend(q, k, v.at[:, :16].set(jnp.nan), **masks, implementation="blocked")
+    expected = attend(q, k, v, **masks, implementation="reference")
+    assert error(out[:, 48:], expected[:, 48:]) < 1e-6
+
+
+def test_segments_may_come_again(many_blocks):
+    """A block's keys begin where the first of its segments does."""
+    q, k, v = (normal(1, 90, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2)))
+    ids = jnp.asarray(np.repeat([1, 2, 3, 1], (20, 20, 20, 30))[None])
+    masks = {"causal": True, "segments": ids}
+    out = attend(q, k, v, **masks, implementation="blocked")
+    assert error(out, attend(q, k, v, **masks, implementation="reference")) < 1e-6
+
+
 def test_heads_together_keep_segments_apart(monkeypatch, many_blocks):
     """The path of accelerators gives what that of CPUs gives."""
     q, k, v = (normal(2, 37, heads, 8, seed=i) for i, heads in enumerate((4, 2, 2)))

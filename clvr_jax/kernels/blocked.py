@@ -1,5 +1,7 @@
 """Attention over blocks of queries: scores of one block at a time, on any device and dtype."""
 
+import functools
+
 import einops
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,17 @@ def block_rows(b: int, length: int, heads: int, keys: int) -> int:
     return rows
 
 
+def spans(rows: int, blocks: int) -> list[int]:
+    """Return how many keys a block of queries may be given: powers of two blocks, or all."""
+    return [rows * min(2**i, blocks) for i in range((blocks - 1).bit_length() + 1)]
+
+
 def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None, residual=False):
     """Return (output (b, l, h, k), residual (b, l, h) or None).
 
     The backward pass recomputes each block's scores, so nothing of size l x m is ever kept. On
-    CPUs heads follow one another, as plain matrix products; elsewhere they run together.
+    CPUs heads follow one another, as plain matrix products, and of causal self-attention a block
+    meets only the `spans` of keys that hold what it sees; elsewhere heads run together.
     """
     b, length, heads, width = q.shape
     groups = k.shape[2]
@@ -29,22 +37,25 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None
     rows = min(CPU_ROWS, length) if cpu else block_rows(b, length, heads, k.shape[1])
     blocks = -(-length // rows)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    places = jnp.arange(k.shape[1])
+    near = cpu and causal and offset is None and length == k.shape[1]
+    sizes = spans(rows, blocks) if near else [k.shape[1]]
+    beyond = ((0, 0), (0, blocks * rows - length))
     # the blocks' gradients of keys and values add up in float32, whatever the operands' type
     k_sum, v_sum = (einops.rearrange(x.astype(wide), "b m g k -> (b g) k m") for x in (k, v))
-    padded = jnp.pad(q, ((0, 0), (0, blocks * rows - length), (0, 0), (0, 0)))
+    if near:  # a block's keys end where it ends
+        k_sum, v_sum = (jnp.pad(x, ((0, 0), *beyond)) for x in (k_sum, v_sum))
+    padded = jnp.pad(q, (*beyond, (0, 0), (0, 0)))
     queries = einops.rearrange(padded, "b (n l) (g r) k -> n (b g) (r l) k", n=blocks, g=groups)
     real = None if lengths is None else jnp.repeat(lengths, groups)
     first = None if offset is None else jnp.repeat(offset, groups)
     query_ids = key_ids = None
     if segments is not None:
-        key_ids = jnp.repeat(segments[1], groups, axis=0)
         # queries beyond the end go with the last one: a row that sees nothing would be 0 / 0
-        ids = jnp.pad(segments[0], ((0, 0), (0, blocks * rows - length)), mode="edge")
-        ids = jnp.repeat(ids, groups, axis=0)
+        ids = jnp.repeat(jnp.pad(segments[0], beyond, mode="edge"), groups, axis=0)
         query_ids = einops.rearrange(ids, "bg (n l) -> n bg l", n=blocks)
+        key_ids = ids if near else jnp.repeat(segments[1], groups, axis=0)
 
-    def head(index, part, ids, keys, values, count, start, segment):
+    def attend(places, index, part, ids, keys, values, count, start, segment):
         scores = jnp.matmul(part, keys.astype(k.dtype), preferred_element_type=wide)
         scores = scores * width**-0.5
         if count is not None:
@@ -62,6 +73,27 @@ def attention(q, k, v, *, causal=False, lengths=None, offset=None, segments=None
             weights.astype(v.dtype), values.astype(v.dtype).T, preferred_element_type=wide
         )
         return (out / total).astype(q.dtype), (jnp.log(total) + top)[:, 0]
+
+    def head(index, part, ids, keys, values, count, start, segment):
+        if len(sizes) == 1:
+            places = jnp.arange(keys.shape[1])
+            return attend(places, index, part, ids, keys, values, count, start, segment)
+        end = (index + 1) * rows
+        # the first key of the segments that these queries are of
+        earliest = 0 if ids is None else jnp.argmax(ids[:, None] == segment, axis=1).min()
+
+        def among(size, part, ids, keys, values, count, segment):
+            begin = jnp.maximum(end - size, 0)
+            cut = lambda x: x if x is None else jax.lax.dynamic_slice_in_dim(x, begin, size, -1)
+            places = begin + jnp.arange(size)
+            return attend(
+                places, index, part, ids, cut(keys), cut(values), count, start, cut(segment)
+            )
+
+        enough = jnp.sum(end - earliest > jnp.asarray(sizes[:-1]))
+        # without checkpoints every branch hands back what any of them needs for its gradient
+        ways = [jax.checkpoint(functools.partial(among, size)) for size in sizes]
+        return jax.lax.switch(enough, ways, part, ids, keys, values, count, segment)
 
     @jax.checkpoint
     def block(args):
