@@ -102,7 +102,7 @@ def get_config(variant: str = "miniature") -> mlc.ConfigDict:
         c.times.update(std=1.2, shift="2.5")
         c.dropout, c.ema, c.attention = 0.1, 0.99, "reference"
         c.pictures.reference_noise, c.optim.learning_rate, c.epochs = 0.3, 4e-4, 2
-        c.batch.rows, c.lora.rank = 32, 16
+        c.batch.rows, c.lora.rank = 32, 32
         c.optim.schedule = "cosine"
         c.preview.update(steps=28, guidance=4.0)
     return c

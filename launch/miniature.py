@@ -5,8 +5,8 @@
 Each stage leaves a folder of its own, most of them by `launch.train`; a stage that is finished is
 not done again, one that was interrupted goes on from its last checkpoint. At the end
 `OUT/klein_long` is a pipeline as diffusers writes it, `OUT/vlm` a model as transformers does,
-`OUT/klein_sft` and `OUT/vlm_sft` are adapters for them, fine-tuned on drawings of the closed loop,
-the first on edits of renders too, and `OUT/weights` has all in bfloat16.
+`OUT/klein_sft` and `OUT/vlm_sft` are adapters for them, fine-tuned on edits of renders and on
+drawings of the closed loop, and `OUT/weights` has all in bfloat16.
 """
 
 from pathlib import Path
@@ -20,8 +20,8 @@ _PRESET = flags.DEFINE_enum("preset", "full", ["full", "quick"], "how long each 
 _STAGES = flags.DEFINE_list(
     "stages",
     [],
-    "only these of begin, vae, klein, klein_more, klein_long, vlm_begin, vlm, trajectories, "
-    "pictures, klein_sft, vlm_sft, weights; with commas between",
+    "only these of begin, vae, klein, klein_more, klein_long, edits, klein_sft, vlm_begin, "
+    "vlm, trajectories, vlm_sft, weights; with commas between",
 )
 _SEED = flags.DEFINE_integer("seed", 0, "of first weights, training data and drawings")
 

@@ -37,9 +37,9 @@ STEPS: dict[str, dict[str, int]] = {
         "vlm_sft": 100,
     },
 }
-PROMPTS = {"full": 250, "quick": 10}  # of each kind, whose drawings are fine-tuned on
-EDITS = {"full": 16000, "quick": 200}  # of renders, that klein is fine-tuned on beside
-_TRAJECTORIES, _RECORD = "train.jsonl", "recipe.json"
+EDITS = {"full": 40000, "quick": 200}  # of renders, that klein is fine-tuned on
+PROMPTS = {"full": 250, "quick": 10}  # of each kind, whose drawings the VLM is fine-tuned on
+_EDITS, _TRAJECTORIES, _RECORD = "edits.jsonl", "train.jsonl", "recipe.json"
 _LOST = 0.02  # share of drawings that may fail
 _STATISTICS = 2048  # pictures that the VAE's latents are normalised by
 
@@ -74,11 +74,11 @@ class Recipe:
             "klein": self.klein,
             "klein_more": self.klein_more,
             "klein_long": self.klein_long,
+            "edits": self.edits,
+            "klein_sft": self.klein_sft,
             "vlm_begin": self.vlm_begin,
             "vlm": self.vlm,
             "trajectories": self.trajectories,
-            "pictures": self.pictures,
-            "klein_sft": self.klein_sft,
             "vlm_sft": self.vlm_sft,
             "weights": self.weights,
         }
@@ -200,6 +200,22 @@ class Recipe:
         run = self._train("klein_long", self.out / "klein_more", seed=self.seed + 2)
         self._exported(folder, run)
 
+    def edits(self, folder: Path) -> None:
+        """Render edits to fine-tune klein on.
+
+        A klein that learns its own edits learns their flaws, and forgets what no drawing asks for;
+        see the weights' README for what that cost.
+        """
+        from launch import world_data
+
+        with aside(folder) as partial:
+            partial.mkdir()
+            world_data.edits(partial / _EDITS, EDITS[self.preset], self.seed)
+
+    def klein_sft(self, folder: Path) -> None:
+        """Fine-tune klein's transformer on edits of renders, and write its adapters."""
+        self._tuned(folder, "klein_sft", "image_sft.py", "klein_long", self.out / "edits" / _EDITS)
+
     def trajectories(self, folder: Path) -> None:
         """Draw prompts in the loop, as the teacher directs it; keep what ended well and is allowed.
 
@@ -237,25 +253,6 @@ class Recipe:
                 "another split",
                 flush=True,
             )
-
-    def pictures(self, folder: Path) -> None:
-        """Choose the drawings' first pictures that are right, and render edits beside them.
-
-        A klein that learns its own edits learns their flaws, and forgets what no drawing asks for;
-        see the weights' README for what that cost.
-        """
-        from launch import world_data
-
-        with aside(folder) as partial:
-            partial.mkdir()
-            drawings = self.out / "trajectories" / _TRAJECTORIES
-            count = world_data.first_pictures(drawings, partial / "first.jsonl")
-            world_data.edits(partial / "edits.jsonl", EDITS[self.preset], self.seed)
-            print(f"{count} first pictures, {EDITS[self.preset]} edits", flush=True)
-
-    def klein_sft(self, folder: Path) -> None:
-        """Fine-tune klein's transformer on pictures, and write its adapters."""
-        self._tuned(folder, "klein_sft", "image_sft.py", "klein_long", self.out / "pictures")
 
     def vlm_sft(self, folder: Path) -> None:
         """Fine-tune the Qwen3-VL on drawings, and write its adapters."""

@@ -1,11 +1,10 @@
-"""Trajectories that the miniature's klein is fine-tuned on: of drawings, and of renders."""
+"""Trajectories of renders, that the miniature's klein is fine-tuned on."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
-from clvr_jax.data.sources import open_source
 from clvr_jax.data.trajectory import Action, Step, Trajectory
 from clvr_jax.data.writers import write_jsonl
 from clvr_jax.miniature.orders import by_number
@@ -14,24 +13,6 @@ from clvr_jax.miniature.samples import Drawing, Stream, drawing, row_generator
 
 _TOGETHER = 64  # edits whose pictures are rendered at once
 _BRING = 8  # every so many edits, one takes something from a second picture
-
-
-def first_pictures(source: str | Path, path: Path) -> int:
-    """Write the beginnings of trajectories whose first picture is what its action asked for.
-
-    Args:
-      source: a dataset of trajectories.
-      path: JSONL file to write; pictures come to the folder NAME_images beside it.
-
-    Returns:
-      How many there are.
-    """
-    begun = (
-        Trajectory(id=whole.id, goal=whole.goal, system=whole.system, steps=whole.steps[:1])
-        for whole in open_source(source)
-        if whole.steps[0].verdict == "accepted"
-    )
-    return write_jsonl(path, begun, copy_images=True)
 
 
 def edits(path: Path, count: int, seed: int = 0) -> None:

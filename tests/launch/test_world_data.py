@@ -13,7 +13,7 @@ from clvr_jax.data.validate import require_valid
 from clvr_jax.miniature import detect_eval, splits
 from clvr_jax.miniature.orders import by_place
 from clvr_jax.miniature.parse import parse_edit
-from launch import toy_data, world_data
+from launch import world_data
 
 INSTRUCTION = Policy(text="instruction", references="chosen", buckets=(32, 56, 144))
 
@@ -55,20 +55,3 @@ def test_edits_depend_on_their_seed_alone(edits, tmp_path):
     assert json.loads((tmp_path / "others.jsonl").read_text().splitlines()[0])["goal"] not in (
         json.loads(line)["goal"] for line in lines
     )
-
-
-def test_first_pictures_are_those_that_were_right(tmp_path):
-    made = toy_data.make(tmp_path / "toy", count=3, steps=2)
-    records = [json.loads(line) for line in made.read_text().splitlines()]
-    for record, verdict in zip(records, ("accepted", "rejected", "accepted"), strict=True):
-        record["steps"][0]["verdict"], record["steps"][1]["verdict"] = verdict, "accepted"
-        record["final"] = 2
-    made.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert world_data.first_pictures(made, tmp_path / "first.jsonl") == 2
-    require_valid(str(tmp_path / "first.jsonl"))
-    whole, first = open_source(made), open_source(tmp_path / "first.jsonl")
-    assert [each.id for each in first] == ["toy-0", "toy-2"]
-    for begun, all_of_it in zip(first, (whole[0], whole[2]), strict=True):
-        (step,) = begun.steps
-        assert not begun.closing and step.action == all_of_it.steps[0].action
-        assert read_image(step.image) == read_image(all_of_it.steps[0].image)
